@@ -21,7 +21,7 @@ def answer_logits(
     if not keep.any(): raise ValueError("labels hold no answer token: every label is -100")
     return logits[keep], labels[keep]
 
-# %% ../nbs/31_distillation.ipynb #c4ec8b97
+# %% ../nbs/31_distillation.ipynb #5b147579
 def loss_terms(
     student_logits: torch.Tensor,  # (rows, tokens, vocabulary)
     teacher_logits: torch.Tensor | None,  # the same shape; None leaves the second term at zero
@@ -29,10 +29,11 @@ def loss_terms(
     temperature: float = 1.0,  # T
     shift: bool = True,  # causal models
     positions: str = "answer",  # distil on "answer" tokens, or on "all", as the paper's code does
-    tokens: int | None = None,  # divide by this number of answer tokens; default: those of this batch
+    tokens: int | None = None,  # divide by this many answer tokens; default: those of this batch
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cross-entropy, T²·KL: scalars
-    "The two terms of the RESSA loss: means over answer tokens (`all`: sum over positions, mean over rows)."
-    if positions not in ("answer", "all"): raise ValueError(f"positions must be 'answer' or 'all', not {positions!r}")
+    "The two terms of the RESSA loss, means over answer tokens (`all`: sums, mean over rows)."
+    if positions not in ("answer", "all"):
+        raise ValueError(f"positions must be 'answer' or 'all', not {positions!r}")
     if temperature <= 0: raise ValueError(f"temperature must be above 0, not {temperature}")
     student, words = answer_logits(student_logits, labels, shift)
     count = len(words) if tokens is None else tokens
@@ -43,7 +44,7 @@ def loss_terms(
     p, q = (F.log_softmax(z.float() / temperature, -1) for z in (teacher, student))
     return task, temperature ** 2 * F.kl_div(q, p, log_target=True, reduction="sum") / count
 
-# %% ../nbs/31_distillation.ipynb #3bdfd592
+# %% ../nbs/31_distillation.ipynb #86c08fdb
 def distillation_loss(
     student_logits: torch.Tensor,  # (rows, tokens, vocabulary)
     teacher_logits: torch.Tensor | None,  # the same shape
@@ -52,12 +53,12 @@ def distillation_loss(
     temperature: float = 1.0,  # T
     **options,  # `shift`, `positions`, `tokens` of `loss_terms`
 ) -> torch.Tensor:  # scalar
-    "(1−λ)·CE + λ·T²·KL(teacher‖student) on answer tokens (RESSA, arXiv 2404.02424). Raises `ValueError`."
+    "(1−λ)·CE + λ·T²·KL(teacher‖student) (RESSA, arXiv 2404.02424). Raises `ValueError`."
     if not 0 <= weight <= 1: raise ValueError(f"weight must be in [0, 1], not {weight}")
     task, divergence = loss_terms(student_logits, teacher_logits, labels, temperature, **options)
     return (1 - weight) * task + weight * divergence
 
-# %% ../nbs/31_distillation.ipynb #19a4dd67
+# %% ../nbs/31_distillation.ipynb #853c9d7c
 def check_kl(
     kl,  # your function of student and teacher logits, both (positions, vocabulary)
 ) -> None:
@@ -72,10 +73,11 @@ def check_kl(
                  (t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum(-1).mean()}
     if torch.allclose(got, want, atol=1e-5): return
     why = [hint for hint, wrong in hints.items() if torch.allclose(got, wrong, atol=1e-5)]
-    raise AssertionError(f"{why[0] if why else 'wrong'}: got {float(got):.4f}, want {float(want):.4f} "
+    why = why[0] if why else "wrong"
+    raise AssertionError(f"{why}: got {float(got):.4f}, want {float(want):.4f} "
                          f"for student {s.tolist()} and teacher {t.tolist()}")
 
-# %% ../nbs/31_distillation.ipynb #69eb3647
+# %% ../nbs/31_distillation.ipynb #f78dbee4
 def check_shifted(
     shifted,  # your function of logits (rows, tokens, vocabulary) and labels (rows, tokens)
 ) -> None:
@@ -83,7 +85,7 @@ def check_shifted(
     tokens = torch.randperm(9)[None].repeat(2, 1)
     logits = F.one_hot(tokens.roll(-1, 1), 9).float()
     z, y = shifted(logits, tokens)
-    assert z.shape[:2] == y.shape, f"logits {tuple(z.shape)} and labels {tuple(y.shape)} differ in tokens"
-    assert z.shape[1] == 8, f"{z.shape[1]} positions left, want 8: the last logits predict nothing known"
+    assert z.shape[:2] == y.shape, f"logits {tuple(z.shape)} but labels {tuple(y.shape)}: cut both"
+    assert z.shape[1] == 8, f"{z.shape[1]} positions left, want 8: drop what has no partner"
     wrong = (z.argmax(-1) != y).nonzero()
     assert not len(wrong), f"row {wrong[0, 0]}, position {wrong[0, 1]}: shift the other way round"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PART_COLORS', 'method_of', 'as_target', 'targets', 'LayerReport', 'estimated_error', 'PruneReport',
-           'plot_report', 'before_first_call', 'unusable', 'prune']
+           'plot_report', 'before_first_call', 'unusable', 'prune', 'check_prune_chain']
 
 # %% ../nbs/14_prune.ipynb #071d8bb4
 import time
@@ -215,3 +215,23 @@ def prune(
     if report.left_dense: warnings.warn(f"left dense: {report.left_dense}", stacklevel=2)
     report.seconds = time.perf_counter() - start
     return report
+
+# %% ../nbs/14_prune.ipynb #525b1992
+def check_prune_chain(
+    prune_chain,  # your function of (chain, x, sparsity), in place
+) -> None:
+    "Check exercise 1 on a random chain; says at which layer the masks part."
+    from copy import deepcopy
+    chain, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(20, 6)
+    want, yours = deepcopy(chain), deepcopy(chain)
+    inputs, dense_second = x, chain[1](chain[0](x)).detach()
+    for layer in want:
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = wanda(layer.weight.data, Statistics.of(inputs), sparsity=0.5)
+        inputs = layer(inputs).detach()
+    prune_chain(yours, x, 0.5)
+    assert torch.equal(yours[0].weight, want[0].weight), "layer 0 differs: prune it by Wanda on x, in place"
+    if torch.equal(yours[2].weight, want[2].weight): return
+    stale = wanda(chain[2].weight.data, Statistics.of(dense_second), sparsity=0.5)
+    raise AssertionError("layer 2 was judged on the inputs of the dense model: compute them with the pruned layer 0"
+                         if torch.equal(yours[2].weight, stale) else "layer 2 differs")

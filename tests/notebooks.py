@@ -1,0 +1,56 @@
+"""Run notebooks. `python tests/notebooks.py [--slow] [NAME ...]` runs them in place and keeps their outputs."""
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NBS = ROOT / "nbs"
+PATHS = sorted(NBS.glob("*.ipynb"))
+# Warnings about the machine, progress bars and times have no place in a page.
+ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+
+def flags(cell):
+    "The words of a cell's `#|` lines: {'export', 'hide', 'gpu', ...}."
+    return {line[2:].split()[0] for line in cell.source.splitlines() if re.match(r"#\|\s*\w", line)}
+
+
+def run(path, skip=("gpu", "slow")):
+    "The notebook as it is after running; cells with a flag of `skip` keep what they have."
+    import os
+    os.environ.update(ENVIRONMENT)
+    notebook = nbformat.read(path, 4)
+    kept = [(cell, cell.source, cell.outputs) for cell in notebook.cells
+            if cell.cell_type == "code" and flags(cell) & set(skip)]
+    for cell, _, _ in kept: cell.source = ""
+    NotebookClient(notebook, timeout=3600 if "slow" not in skip else 300, kernel_name="python3", record_timing=False,
+                   resources={"metadata": {"path": str(NBS)}}).execute()
+    for cell, cell.source, cell.outputs in kept: pass
+    for cell in notebook.cells:
+        if cell.cell_type != "code": continue
+        cell.execution_count = None
+        for output in cell.outputs:
+            if "execution_count" in output: output.execution_count = None
+    notebook.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    return notebook
+
+
+def text_outputs(notebook):
+    "What each cell prints and shows as text, without pictures."
+    shown = []
+    for cell in notebook.cells:
+        if cell.cell_type != "code": continue
+        parts = [o.get("text", o.get("data", {}).get("text/plain", "")) for o in cell.outputs]
+        shown.append("".join("".join(part) for part in parts if "<Figure" not in part))
+    return shown
+
+
+if __name__ == "__main__":
+    names = [name for name in sys.argv[1:] if not name.startswith("--")]
+    for path in PATHS:
+        if names and path.stem not in names: continue
+        print(path.stem, flush=True)
+        nbformat.write(run(path, ("gpu",) if "--slow" in sys.argv else ("gpu", "slow")), path)

@@ -1,0 +1,24 @@
+"""Every notebook runs, and shows what it showed when it was written."""
+import re
+
+import nbformat
+import pytest
+from notebooks import PATHS, run, text_outputs
+
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+
+
+def same(new, old):
+    "Equal words, and numbers within 5 % or 0.02: other processors round otherwise."
+    if NUMBER.sub("#", new) != NUMBER.sub("#", old): return False
+    pairs = zip(map(float, NUMBER.findall(new)), map(float, NUMBER.findall(old)))
+    return all(abs(a - b) <= max(0.02, 0.05 * abs(b)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_runs_and_shows_the_same(path):
+    new = run(path)
+    for cell, now, stored in zip([c for c in new.cells if c.cell_type == "code"], text_outputs(new),
+                                 text_outputs(nbformat.read(path, 4))):
+        if re.search(r"^#\|\s*(gpu|slow)", cell.source, re.M): continue
+        assert same(now, stored), f"{path.stem}: {cell.source[:200]}\nstored: {stored[:500]}\nnow:    {now[:500]}"

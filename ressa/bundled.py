@@ -6,8 +6,7 @@
 __all__ = ['RGB', 'BUNDLED', 'bundled_config', 'new_bundled', 'signed_distances', 'draw_shapes', 'pretrain_vision', 'mirror',
            'train_answers', 'train_bundled', 'load_bundled', 'check_guessing_loss']
 
-# %% ../nbs/02_bundled.ipynb #4cf0af28
-import functools
+# %% ../nbs/02_bundled.ipynb #f4134f96
 import json
 import math
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 from .data import (CAPTION, COLORS, QUESTION_PROMPT, SHAPES, collate, easy_vqa_processor,
                         load_easy_vqa, pick_device, to_device)
 
-# %% ../nbs/02_bundled.ipynb #8591a42c
+# %% ../nbs/02_bundled.ipynb #62b5771c
 def bundled_config(
     vocab_size: int,  # number of tokens
     image_token: int,  # id of the <image> token
@@ -27,14 +26,13 @@ def bundled_config(
     "The architecture of the bundled model."
     from transformers import InstructBlipConfig
     width = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4)
+    vision = dict(num_hidden_layers=3, image_size=64, patch_size=8, initializer_range=0.02)
+    qformer = dict(num_hidden_layers=2, max_position_embeddings=64, cross_attention_frequency=1,
+                   vocab_size=vocab_size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    text = dict(model_type="llama", num_hidden_layers=3, num_key_value_heads=4, pad_token_id=0,
+                bos_token_id=1, eos_token_id=2, vocab_size=vocab_size, max_position_embeddings=128)
     return InstructBlipConfig(
-        vision_config=dict(**width, num_hidden_layers=3, image_size=64, patch_size=8, initializer_range=0.02),
-        qformer_config=dict(**width, num_hidden_layers=2, vocab_size=vocab_size, cross_attention_frequency=1,
-                            max_position_embeddings=64, hidden_dropout_prob=0.0,
-                            attention_probs_dropout_prob=0.0),
-        text_config=dict(**width, model_type="llama", num_hidden_layers=3, num_key_value_heads=4,
-                         vocab_size=vocab_size, max_position_embeddings=128,
-                         pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        vision_config=width | vision, qformer_config=width | qformer, text_config=width | text,
         num_query_tokens=8, image_token_index=image_token)
 
 # %% ../nbs/02_bundled.ipynb #177c5ca7
@@ -65,42 +63,50 @@ def signed_distances(
     triangle = torch.maximum((x.abs() - (y + h) * w / (2 * h)) * slope, y - h)
     return torch.stack([circle, rectangle, triangle], 1)
 
-# %% ../nbs/02_bundled.ipynb #3be0e2ab
-RGB = torch.tensor([[0, 0, 0], [0, 0, 255], [165, 42, 42], [128, 128, 128], [0, 255, 0], [255, 0, 0],
-                    [0, 128, 128], [255, 255, 0]]) / 255  # in the order of `COLORS`
+# %% ../nbs/02_bundled.ipynb #67a0416f
+def _place(n, size, generator):
+    "For `n` random shapes: each pixel's distance from the centre, and the half width and height."
+    def uniform(low, high): return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+    w, h = uniform(4.5, 18), uniform(4.5, 18)
+    grid = torch.arange(size) + 0.5
+    x = grid - w - uniform(0, 1) * (size - 2 * w)
+    y = grid[:, None] - h - uniform(0, 1) * (size - 2 * h)
+    return *torch.broadcast_tensors(x, y), w, h
 
-# %% ../nbs/02_bundled.ipynb #0e3ad5f0
+# %% ../nbs/02_bundled.ipynb #2a2b173e
+RGB = torch.tensor([  # in the order of `COLORS`
+    [0, 0, 0], [0, 0, 255], [165, 42, 42], [128, 128, 128],
+    [0, 255, 0], [255, 0, 0], [0, 128, 128], [255, 255, 0]]) / 255
+
+# %% ../nbs/02_bundled.ipynb #20e5ce93
 def draw_shapes(
     n: int,  # how many pictures
     generator: torch.Generator,  # where the randomness comes from
     size: int = 64,  # pixels along one side
 ):  # → images (n, 3, size, size) in [-1, 1], shapes (n,), colors (n,)
     "Freshly drawn pictures of the kind of easy-VQA's, with the index of each shape and color."
-    def uniform(low, high): return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
     shape = torch.randint(len(SHAPES), (n,), generator=generator)
     color = torch.randint(len(COLORS), (n,), generator=generator)
-    w, h = uniform(4.5, 18), uniform(4.5, 18)
-    grid = torch.arange(size) + 0.5
-    x, y = grid - w - uniform(0, 1) * (size - 2 * w), grid[:, None] - h - uniform(0, 1) * (size - 2 * h)
-    distance = signed_distances(*torch.broadcast_tensors(x, y), w, h)[range(n), shape]
+    distance = signed_distances(*_place(n, size, generator))[range(n), shape]
     cover = (0.5 - distance).clamp(0, 1)[:, None]
     ground = torch.rand(n, 3, 1, 1, generator=generator) * 25 / 255 + 230 / 255
     image = cover * RGB[color][..., None, None] + (1 - cover) * ground
     return image * 2 - 1, shape, color
 
-# %% ../nbs/02_bundled.ipynb #04d8547d
+# %% ../nbs/02_bundled.ipynb #acab899c
 def _one_cycle(groups, lr, steps):
     "AdamW with a learning rate that rises for 10 % of the steps and then falls to zero."
     optimizer = torch.optim.AdamW(groups, lr=lr[0], weight_decay=0.01)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    return optimizer, schedule
 
-# %% ../nbs/02_bundled.ipynb #566c51a8
+# %% ../nbs/02_bundled.ipynb #2a7e16e2
 def pretrain_vision(
     vision: nn.Module,  # the vision tower, trained in place
     steps: int = 2500,  # how many batches
     batch_size: int = 128,  # pictures in a batch, all freshly drawn
     lr: float = 2e-3,  # the highest learning rate
-    seed: int = 0,
+    seed: int = 0,  # another seed draws other pictures
 ) -> list:  # one row per 100 steps: step, loss, accuracy on the shapes of that batch
     "Teach a vision tower shapes and colors on drawn pictures."
     device, generator = next(vision.parameters()).device, torch.Generator().manual_seed(seed)
@@ -128,7 +134,21 @@ def mirror(
     flip = torch.rand(len(pixels), 1, 1, 1) < share
     return batch | {"pixel_values": torch.where(flip, pixels.flip(-1), pixels)}
 
-# %% ../nbs/02_bundled.ipynb #7036f84d
+# %% ../nbs/02_bundled.ipynb #61d70079
+def _training_rows():
+    "easy-VQA's training questions once and its captions twice."
+    from datasets import concatenate_datasets
+    captions = load_easy_vqa("train", task="caption")
+    return concatenate_datasets([load_easy_vqa("train"), captions, captions])
+
+# %% ../nbs/02_bundled.ipynb #72c31db4
+def _seeing_and_rest(model):
+    "The parameters in two groups for an optimizer: the vision tower's, and all others."
+    vision = {id(p) for p in model.vision_model.parameters()}
+    return [{"params": [p for p in model.parameters() if (id(p) in vision) == seeing]}
+            for seeing in (True, False)]
+
+# %% ../nbs/02_bundled.ipynb #bb7a794f
 def train_answers(
     model: nn.Module,  # the whole model, trained in place
     processor,  # its processor
@@ -136,57 +156,57 @@ def train_answers(
     steps: int = 5000,  # how many batches
     batch_size: int = 96,  # rows in a batch
     lr: tuple = (3e-4, 1e-3),  # highest learning rate of the vision tower and of the rest
-    seed: int = 0,
+    seed: int = 0,  # another seed shuffles the rows otherwise
 ) -> list:  # one row per 100 steps: step, loss
     "Teach the whole model to answer easy-VQA's training questions and to caption its images."
-    from datasets import concatenate_datasets
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
-    captions = load_easy_vqa("train", task="caption")
-    data = concatenate_datasets([load_easy_vqa("train"), captions, captions])
-    vision = {id(p) for p in model.vision_model.parameters()}
-    groups = [[p for p in model.parameters() if (id(p) in vision) == first] for first in (True, False)]
     args = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=batch_size, seed=seed, logging_steps=100,
-        save_steps=500, save_total_limit=1, report_to=[], remove_unused_columns=False, max_grad_norm=1.0)
-    trainer = Trainer(
-        model, args, train_dataset=data, data_collator=lambda rows: mirror(collate(rows, processor)),
-        optimizers=_one_cycle([{"params": g} for g in groups], list(lr), steps))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
-    return [dict(step=r["step"], loss=round(float(r["loss"]), 4)) for r in trainer.state.log_history if "loss" in r]
+        folder, max_steps=steps, per_device_train_batch_size=batch_size, seed=seed,
+        logging_steps=100, save_steps=500, save_total_limit=1, report_to=[],
+        remove_unused_columns=False, max_grad_norm=1.0)
+    trainer = Trainer(model, args, train_dataset=_training_rows(),
+                      data_collator=lambda rows: mirror(collate(rows, processor)),
+                      optimizers=_one_cycle(_seeing_and_rest(model), list(lr), steps))
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return [dict(step=row["step"], loss=round(float(row["loss"]), 4))
+            for row in trainer.state.log_history if "loss" in row]
 
-# %% ../nbs/02_bundled.ipynb #b6b60943
+# %% ../nbs/02_bundled.ipynb #4eec9458
+def _step_one(vision, folder, steps, seed):
+    "The log of step one; `vision` gets the weights that `folder` keeps, or is trained and kept."
+    from safetensors.torch import load_model, save_model
+    weights, log = folder / "vision.safetensors", folder / "vision.json"
+    if weights.exists(): load_model(vision, str(weights))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        log.write_text(json.dumps(pretrain_vision(vision, steps, seed=seed)))
+        save_model(vision, str(weights))
+    return json.loads(log.read_text())
+
+# %% ../nbs/02_bundled.ipynb #ab78f7c8
 def train_bundled(
     folder: str | Path,  # where model, processor and log are written
     work: str | Path,  # where checkpoints are kept while it runs
     vision_steps: int = 2500,  # batches of 128 drawn pictures
     steps: int = 5000,  # batches of 96 questions and captions
-    device: str = "auto",
-    seed: int = 0,
+    device: str = "auto",  # where it is trained
+    seed: int = 0,  # of the first weights, the pictures and the order of the rows
 ) -> dict:  # the log
     "Train the bundled model from nothing; about half an hour on two CPU cores."
     model, processor = new_bundled(seed)
     model.to(pick_device(device))
     log = dict(seed=seed, device=str(model.device), vision_steps=vision_steps, steps=steps,
-               command=f"train_bundled(..., vision_steps={vision_steps}, steps={steps}, seed={seed})")
-    sight = Path(work) / "vision.safetensors"
-    if not sight.exists():
-        from safetensors.torch import save_model
-        Path(work).mkdir(parents=True, exist_ok=True)
-        log["vision"] = pretrain_vision(model.vision_model, vision_steps, seed=seed)
-        save_model(model.vision_model, str(sight))
-        sight.with_suffix(".json").write_text(json.dumps(log["vision"]))
-    else:
-        from safetensors.torch import load_model
-        load_model(model.vision_model, str(sight))
-        log["vision"] = json.loads(sight.with_suffix(".json").read_text())
+               command=f"train_bundled(..., {vision_steps=}, {steps=}, {seed=})")
+    log["vision"] = _step_one(model.vision_model, Path(work), vision_steps, seed)
     log["answers"] = train_answers(model, processor, Path(work) / "answers", steps, seed=seed)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return log
 
-# %% ../nbs/02_bundled.ipynb #17250b46
-BUNDLED = Path(ressa.__file__).parent / "assets" / "easy-vqa-instructblip"  # an ordinary checkpoint folder
+# %% ../nbs/02_bundled.ipynb #a3971231
+BUNDLED = Path(ressa.__file__).parent / "assets/easy-vqa-instructblip"  # an ordinary checkpoint
 
 # %% ../nbs/02_bundled.ipynb #83400a46
 def load_bundled(
@@ -198,14 +218,16 @@ def load_bundled(
     model = AutoModelForImageTextToText.from_pretrained(BUNDLED, dtype=dtype, use_safetensors=True)
     return model.eval().to(pick_device(device)), AutoProcessor.from_pretrained(BUNDLED)
 
-# %% ../nbs/02_bundled.ipynb #47c19a6a
+# %% ../nbs/02_bundled.ipynb #ed5d91c0
 def check_guessing_loss(
     guessing_loss,  # your function of the numbers of shapes and colors
 ) -> None:
     "Check exercise 1 against cross-entropies of equal logits."
+    first = torch.zeros(1, dtype=torch.long)
     for shapes, colors in ((3, 8), (5, 2)):
-        want = sum(F.cross_entropy(torch.zeros(1, n), torch.zeros(1, dtype=torch.long)).item() for n in (shapes, colors))
-        got = guessing_loss(shapes, colors)
-        hint = "natural logarithms, not base 2" if abs(got * math.log(2) - want) < 1e-4 else \
-            "two losses add; the classes do not" if abs(got - math.log(shapes + colors)) < 1e-4 else "wrong"
-        assert abs(got - want) < 1e-4, f"{hint}: {shapes} shapes, {colors} colors: got {got:.4f}, want {want:.4f}"
+        want = sum(F.cross_entropy(torch.zeros(1, n), first).item() for n in (shapes, colors))
+        got, hint = guessing_loss(shapes, colors), "wrong"
+        if abs(got * math.log(2) - want) < 1e-4: hint = "natural logarithms, not base 2"
+        if abs(got - math.log(shapes + colors)) < 1e-4: hint = "losses add; classes do not"
+        assert abs(got - want) < 1e-4, (
+            f"{hint}: {shapes} shapes, {colors} colors: got {got:.4f}, want {want:.4f}")

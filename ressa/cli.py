@@ -108,7 +108,12 @@ class Steps:
             write_json(self.path, self.done)
         return self.done[name]
 
-# %% ../nbs/41_cli.ipynb #1cea4978
+# %% ../nbs/41_cli.ipynb #aff694ae
+def _plain(result):
+    "An `Evaluation` in plain values."
+    return dict(accuracy=result.accuracy, accuracy_ci=result.accuracy_ci, by_type=result.by_type())
+
+# %% ../nbs/41_cli.ipynb #0b89d038
 def measure(
     model,  # the model
     questions,  # rows of the question task
@@ -120,8 +125,7 @@ def measure(
     asked, told = (evaluate(model, rows, processor, progress=progress)
                    for rows in (questions, captions))
     row = told.by_type()["caption"]
-    return dict(
-        accuracy=asked.accuracy, accuracy_ci=asked.accuracy_ci, by_type=asked.by_type(),
+    return _plain(asked) | dict(
         caption_exact=row["accuracy"], caption_exact_ci=row["accuracy_ci"], cider=row["cider"],
         cider_ci=row["cider_ci"], answers=asked.answers[:200], captions=told.answers[:50])
 
@@ -233,7 +237,7 @@ def _trained(args, steps, row, model, dense, rows, processor):
     steps.done["seconds"][f"{row}_training"] = round(time.perf_counter() - start, 2)
     return model, [line for line in log if "loss" in line]
 
-# %% ../nbs/41_cli.ipynb #c8f628a3
+# %% ../nbs/41_cli.ipynb #d71d3c7b
 def walk(
     args: argparse.Namespace,  # the options of `ressa repair`
 ) -> dict:  # what `results.json` holds
@@ -249,7 +253,7 @@ def walk(
     steps.run("prune", report.to_dict)
     steps.run("dense", lambda: measure(dense, *tests, processor))
     steps.run("pruned", lambda: measure(pruned, *tests, processor))
-    steps.run("blind", lambda: blind(load_easy_vqa("train"), tests[0]).summary())
+    steps.run("blind", lambda: _plain(blind(load_easy_vqa("train"), tests[0])))
     for row in ("plain_lora", "repaired"):
         if row in steps.done: continue
         model, _ = _pruned(args, device, calibration)

@@ -7,8 +7,7 @@ __all__ = ['COLORS', 'SHAPES', 'QUESTION_PROMPT', 'CAPTION_PROMPT', 'CAPTION', '
            'word_tokenizer', 'easy_vqa_processor', 'collate', 'calibration_batch', 'pick_device', 'to_device',
            'check_count_labels']
 
-# %% ../nbs/01_data.ipynb #e869a79b
-import functools
+# %% ../nbs/01_data.ipynb #7a38246a
 import re
 import easy_vqa
 import torch
@@ -69,17 +68,18 @@ def _rows(split, task):
             yield row | {"prompt": CAPTION_PROMPT, "question_type": "caption",
                          "answer": CAPTION.format(*(min(values) for values in known))}
 
-# %% ../nbs/01_data.ipynb #4bfc07f8
+# %% ../nbs/01_data.ipynb #4b1df9e9
 def load_easy_vqa(
     split: str = "train",  # "train" (4,000 images) or "test" (1,000 others)
     task: str = "vqa",  # "vqa" (questions) or "caption"
 ) -> Dataset:  # columns image, image_id, prompt, answer, question_type
     "easy-VQA, without any download. Raises `ValueError` for another split or task."
-    for name, value, known in (("split", split, ("train", "test")), ("task", task, ("vqa", "caption"))):
+    for name, value, known in (("split", split, ("train", "test")),
+                               ("task", task, ("vqa", "caption"))):
         if value not in known: raise ValueError(f"{name} must be one of {known}, not {value!r}")
     return Dataset.from_list(list(_rows(split, task))).cast_column("image", Image(mode="RGB"))
 
-# %% ../nbs/01_data.ipynb #9c8366ee
+# %% ../nbs/01_data.ipynb #2da550a7
 def word_tokenizer(
     texts,  # all texts whose words shall be known
 ):  # → a `PreTrainedTokenizerFast` with <pad>, <bos>, <eos>, <unk> and <image>
@@ -87,10 +87,12 @@ def word_tokenizer(
     from transformers import PreTrainedTokenizerFast
     split = pre_tokenizers.Whitespace()
     words = sorted({word for t in set(texts) for word, _ in split.pre_tokenize_str(t.lower())})
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", "<image>", *words])}
+    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), split
-    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    begin = [("<bos>", vocabulary["<bos>"])]
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=begin)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
         unk_token="<unk>", padding_side="left", model_input_names=["input_ids", "attention_mask"])
@@ -116,7 +118,7 @@ def _answer_ids(answers, tokenizer):
     ids = tokenizer([f" {a}" for a in answers], add_special_tokens=False).input_ids
     return [torch.tensor(row + [tokenizer.eos_token_id]) for row in ids]
 
-# %% ../nbs/01_data.ipynb #8b74dce4
+# %% ../nbs/01_data.ipynb #24b61f3c
 def _append(batch, answers, pad):
     "Put each row's answer behind its last token; pad on the right; label the answers alone."
     keep = batch["attention_mask"].bool()
@@ -126,13 +128,14 @@ def _append(batch, answers, pad):
         if getattr(value, "shape", None) != shape or name.startswith("qformer"): out[name] = value
         else:
             tail = new.get(name, [torch.zeros_like(a) for a in answers])
-            out[name] = pad_sequence([torch.cat([value[i][keep[i]], tail[i]]) for i in rows],
-                                     batch_first=True, padding_value=pad if name == "input_ids" else 0)
+            joined = [torch.cat([value[i][keep[i]], tail[i]]) for i in rows]
+            fill = pad if name == "input_ids" else 0
+            out[name] = pad_sequence(joined, batch_first=True, padding_value=fill)
     labels = [torch.cat([torch.full((int(keep[i].sum()),), -100), answers[i]]) for i in rows]
     out["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
     return out
 
-# %% ../nbs/01_data.ipynb #029c1237
+# %% ../nbs/01_data.ipynb #aabbf32c
 def collate(
     rows,  # a list of rows with `image`, `prompt` and, if `answers`, `answer`
     processor,  # the processor of the model
@@ -143,10 +146,10 @@ def collate(
     batch = processor(images=[row["image"] for row in rows], text=[row["prompt"] for row in rows],
                       padding=True, return_tensors="pt")
     if not answers: return dict(batch)
-    tokenizer = processor.tokenizer
-    return _append(batch, _answer_ids([row["answer"] for row in rows], tokenizer), tokenizer.pad_token_id)
+    answer_ids = _answer_ids([row["answer"] for row in rows], processor.tokenizer)
+    return _append(batch, answer_ids, processor.tokenizer.pad_token_id)
 
-# %% ../nbs/01_data.ipynb #a0960371
+# %% ../nbs/01_data.ipynb #5804c3b2
 def calibration_batch(
     data,  # rows with `image`, `prompt` and `answer`
     processor,  # the processor of the model
@@ -154,20 +157,23 @@ def calibration_batch(
     seed: int = 0,  # another seed draws other rows
 ) -> dict:  # one batch, answers included
     "Draw `n` rows at random, without replacement, as one batch."
-    if len(data) < n: raise ValueError(f"n={n} calibration rows wanted, but the data set has only {len(data)}")
+    if len(data) < n:
+        raise ValueError(f"n={n} calibration rows wanted, but the data set has only {len(data)}")
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n].tolist()
     return collate([data[i] for i in chosen], processor)
 
-# %% ../nbs/01_data.ipynb #7ce96021
+# %% ../nbs/01_data.ipynb #12682c77
 def pick_device(
     device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
     "The device that a name means; `auto` is CUDA, then Apple's MPS, then the CPU."
     if device != "auto":
         try: found = torch.device(device)
-        except RuntimeError: raise ValueError(f"device {device!r} is unknown: use auto, cpu, cuda or mps") from None
+        except RuntimeError:
+            raise ValueError(f"device {device!r} is unknown: use auto, cpu, cuda or mps") from None
         if found.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} asks for a CUDA GPU, and none is there: use auto or cpu")
+            raise ValueError(f"device {device!r} asks for a CUDA GPU, and none is there: "
+                             "use auto or cpu")
         return found
     return torch.device("cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
@@ -180,7 +186,7 @@ def to_device(
     "The same batch with its tensors on `device`."
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-# %% ../nbs/01_data.ipynb #28cf2492
+# %% ../nbs/01_data.ipynb #7bf62ccb
 def check_count_labels(
     count_labels,  # your function of a tensor of labels (rows, tokens)
 ) -> None:
@@ -191,4 +197,5 @@ def check_count_labels(
     hidden[0, :2], hidden[1, 0] = False, True
     labels[hidden] = -100
     got, want = int(count_labels(labels)), int((~hidden).sum())
-    assert got == want, f"{labels.tolist()}: got {got}, want {want} (token 0 is a label too; -100 is none)"
+    assert got == want, (
+        f"{labels.tolist()}: got {got}, want {want} (token 0 is a label too; -100 is none)")

@@ -48,13 +48,13 @@ def answer(
             answers[i] = text.strip().lower()
     return answers
 
-# %% ../nbs/03_evaluation.ipynb #28b9d171
+# %% ../nbs/03_evaluation.ipynb #9bb38e03
 def interval(
     values: Iterable,  # one number per row; or (seeds, rows): each seed's mean enters equally
     draws: int = 1000,  # bootstrap samples
     level: float = 0.95,  # the share of samples inside
-    seed: int = 0,
-) -> tuple[float, float]:
+    seed: int = 0,  # of the samples
+) -> tuple[float, float]:  # the lower and the upper end
     "Bootstrap interval of the mean over rows (and seeds, if there are two axes)."
     values = np.atleast_2d(np.asarray(values, dtype=float))
     if not values.size: raise ValueError("no values: the interval of an empty mean is not defined")
@@ -66,9 +66,9 @@ def interval(
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../nbs/03_evaluation.ipynb #53cbee8c
+# %% ../nbs/03_evaluation.ipynb #8266e028
 def cider(
-    predictions: list[str],
+    predictions: list[str],  # the model's captions
     references: list[str],  # one reference per prediction
 ) -> np.ndarray:  # (n,) scores, 0 to 10
     "CIDEr-D of each caption (Vedantam et al., arXiv 1411.5726), by pycocoevalcap."
@@ -77,12 +77,12 @@ def cider(
                                       {i: [p] for i, p in enumerate(predictions)})
     return np.asarray(scores)
 
-# %% ../nbs/03_evaluation.ipynb #8eaafe17
+# %% ../nbs/03_evaluation.ipynb #21e79641
 @dataclass
 class Evaluation:
     "Answers of a model on a data set, and what follows from them."
-    answers: list[str]
-    references: list[str]
+    answers: list[str]  # what the model said
+    references: list[str]  # what is right
     types: list[str]  # question type of each row
 
     @property
@@ -108,17 +108,17 @@ class Evaluation:
             rows[kind] = dict(n=len(inside), accuracy=float(self.right[inside].mean()),
                               accuracy_ci=interval(self.right[inside]))
             if kind == "caption":
-                scores = cider([self.answers[i] for i in inside], [self.references[i] for i in inside])
+                scores = cider(*np.array([self.answers, self.references])[:, inside].tolist())
                 rows[kind] |= dict(cider=float(scores.mean()), cider_ci=interval(scores))
         return rows
 
     def __repr__(self): return _table(self)
 
-# %% ../nbs/03_evaluation.ipynb #a5338c86
+# %% ../nbs/03_evaluation.ipynb #76627b1d
 def _table(result):
     "The evaluation as a table of text, one line per question type and one for all."
-    rows = result.by_type() | {"all": dict(n=len(result.types), accuracy=result.accuracy,
-                                           accuracy_ci=result.accuracy_ci)}
+    everything = dict(n=len(result.types), accuracy=result.accuracy, accuracy_ci=result.accuracy_ci)
+    rows = result.by_type() | {"all": everything}
     lines = [f"{'type':>13} {'n':>5} {'accuracy':>8}   95 % interval"]
     for kind, row in rows.items():
         low, high = row["accuracy_ci"]
@@ -126,7 +126,7 @@ def _table(result):
                      + (f"   CIDEr {row['cider']:.2f}" if "cider" in row else ""))
     return "\n".join(lines)
 
-# %% ../nbs/03_evaluation.ipynb #843a1615
+# %% ../nbs/03_evaluation.ipynb #9372a61f
 def evaluate(
     model: nn.Module,  # a generating vision-language model
     data,  # rows with image, prompt, answer and question_type
@@ -135,7 +135,8 @@ def evaluate(
 ) -> Evaluation:
     "Answer a data set and compare. Raises `ValueError` if it is empty."
     references = [reference.strip().lower() for reference in data["answer"]]
-    return Evaluation(answer(model, data, processor, **options), references, list(data["question_type"]))
+    answers = answer(model, data, processor, **options)
+    return Evaluation(answers, references, list(data["question_type"]))
 
 # %% ../nbs/03_evaluation.ipynb #d0251341
 @torch.no_grad()
@@ -165,17 +166,18 @@ def blind(
     return Evaluation([best.get(prompt, commonest) for prompt in test["prompt"]],
                       list(test["answer"]), list(test["question_type"]))
 
-# %% ../nbs/03_evaluation.ipynb #b5c877b9
+# %% ../nbs/03_evaluation.ipynb #c15f9cb9
 def won_back(
     repaired: float,  # accuracy after repair
     start: float,  # what is counted from: the pruned model's accuracy, or the blind one's
     dense: float,  # the dense model's accuracy
 ) -> float:  # 1.0 = all of it
     "(repaired − start)/(dense − start): the share of the loss that repair wins back."
-    if dense <= start: raise ValueError(f"nothing was lost: dense {dense:.3f} is not above {start:.3f}")
+    if dense <= start:
+        raise ValueError(f"nothing was lost: dense {dense:.3f} is not above {start:.3f}")
     return (repaired - start) / (dense - start)
 
-# %% ../nbs/03_evaluation.ipynb #f423e331
+# %% ../nbs/03_evaluation.ipynb #4dfc6326
 def check_difference_interval(
     difference_interval,  # your function of two arrays of zeros and ones
 ) -> None:
@@ -186,6 +188,7 @@ def check_difference_interval(
     low, high = difference_interval(a, b)
     want = interval(a - b)
     assert low <= (a - b).mean() <= high, "the mean difference a - b lies outside: mind the order"
-    assert high - low < 1.3 * (want[1] - want[0]), (
-        f"width {high - low:.3f}, want about {want[1] - want[0]:.3f}: resample questions, not models; "
-        "both answer the same ones")
+    width, enough = high - low, want[1] - want[0]
+    assert width < 1.3 * enough, (
+        f"width {width:.3f}, want about {enough:.3f}: "
+        "resample questions, not models; both answer the same ones")

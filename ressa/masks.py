@@ -31,7 +31,7 @@ def parse_pattern(
         raise ValueError(f"pattern must be 'N:M' with 0 < N < M, such as '2:4', not {pattern!r}")
     return n, m
 
-# %% ../nbs/10_masks.ipynb #fce93430
+# %% ../nbs/10_masks.ipynb #55f687c0
 def check_target(
     sparsity: float | None,  # fraction of zeros, in [0, 1)
     pattern: str | None,  # or an N:M pattern; exactly one of both
@@ -39,7 +39,7 @@ def check_target(
 ) -> None:
     "Raise `ValueError` if the target is impossible, naming the argument."
     if (sparsity is None) == (pattern is None):
-        raise ValueError(f"give exactly one of sparsity and pattern, not {sparsity=} and {pattern=}")
+        raise ValueError(f"give exactly one of sparsity and pattern, not {sparsity=}, {pattern=}")
     if pattern is not None:
         n, m = parse_pattern(pattern)
         if in_features % m: raise ValueError(f"pattern {pattern} needs a width divisible by {m}, "
@@ -47,17 +47,19 @@ def check_target(
     elif isinstance(sparsity, str) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), the fraction of zeros, not {sparsity!r}")
 
-# %% ../nbs/10_masks.ipynb #096da935
+# %% ../nbs/10_masks.ipynb #04e242ab
 def select(
     score: torch.Tensor,  # (out, in), any real dtype; the higher, the more a weight matters
     sparsity: float | None = None,  # fraction of each row that is pruned, in [0, 1)
     pattern: str | None = None,  # or an N:M pattern such as "2:4"
     group: str = "row",  # compare scores within each "row", or over the whole "layer"
 ) -> torch.Tensor:  # bool (out, in), True = kept
-    "The mask of what stays: per row exactly ⌊sparsity·in⌋ lowest scores fall, of equal ones the leftmost."
+    "What stays: per row exactly ⌊sparsity·in⌋ lowest scores fall, of equal ones the leftmost."
     check_target(sparsity, pattern, score.shape[1])
-    if group not in ("row", "layer"): raise ValueError(f"group must be 'row' or 'layer', not {group!r}")
-    if score.isnan().any(): raise ValueError("the score holds NaN: check weights and calibration inputs")
+    if group not in ("row", "layer"):
+        raise ValueError(f"group must be 'row' or 'layer', not {group!r}")
+    if score.isnan().any():
+        raise ValueError("the score holds NaN: check weights and calibration inputs")
     if pattern is not None:
         n, m = parse_pattern(pattern)
         groups, k = score.reshape(-1, m), m - n
@@ -91,18 +93,18 @@ def has_pattern(
     if weight.shape[1] % m: return False
     return bool(((weight.reshape(-1, m) != 0).sum(1) <= n).all())
 
-# %% ../nbs/10_masks.ipynb #15db0f68
+# %% ../nbs/10_masks.ipynb #7c972901
 def check_select_columns(
     select_columns,  # your function of (score, sparsity)
 ) -> None:
     "Check exercise 1 on a random score."
     score = torch.rand(6, 4)
     mask = select_columns(score, 0.5)
-    assert mask.shape == score.shape, f"the mask has shape {tuple(mask.shape)}, not {tuple(score.shape)}"
+    assert mask.shape == score.shape, f"shape {tuple(mask.shape)}, want {tuple(score.shape)}"
     gone = (~mask).sum(0).tolist()
     assert gone == [3] * 4, f"zeros per column: {gone}, want [3, 3, 3, 3] (columns are dim 0 sums)"
     kept = torch.where(mask, score, 2).amin(0), torch.where(mask, -1, score).amax(0)
-    assert (kept[0] > kept[1]).all(), "in some column a pruned score is above a kept one: keep the high ones"
+    assert (kept[0] > kept[1]).all(), "a pruned score is above a kept one: keep the high ones"
 
 # %% ../nbs/10_masks.ipynb #a9e0c47a
 def check_patterns(

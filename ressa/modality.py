@@ -14,29 +14,30 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# %% ../nbs/00_modality.ipynb #dcc125e2
-PARTS = ("vision", "interface", "language")  # in the order in which an image's information meets them
+# %% ../nbs/00_modality.ipynb #8b387347
+PARTS = ("vision", "interface", "language")  # in the order in which an image meets them
 BEGINS = {  # the paths at which a part may begin, below the model or below its `.model`
     "vision": ("vision_model", "vision_tower", "visual"),
     "language": ("language_model", "text_model"),
     "interface": ("visual.merger",),  # inside another part: the longest path wins
 }
 
-# %% ../nbs/00_modality.ipynb #3f2b8614
+# %% ../nbs/00_modality.ipynb #5770dfa0
 def part_roots(
     model: nn.Module,  # any vision-language model of transformers
 ) -> dict[str, str]:  # path → part, for each path of `BEGINS` that exists
-    "Find where the parts of `model` begin. Raises `ValueError` if vision or language cannot be found."
+    "Find where the parts of `model` begin. Raises `ValueError` if vision or language is missing."
     modules = dict(model.named_modules())
     roots = {path: part for part, paths in BEGINS.items() for short in paths
              for path in (short, f"model.{short}") if path in modules}
     for part in ("vision", "language"):
         if part not in roots.values():
-            raise ValueError(f"{type(model).__name__} has no {part} part that ressa knows: looked for "
-                             f"{', '.join(BEGINS[part])}. Add its path to `ressa.modality.BEGINS`.")
+            raise ValueError(
+                f"{type(model).__name__} has no {part} part that ressa knows: looked for "
+                f"{', '.join(BEGINS[part])}. Add its path to `ressa.modality.BEGINS`.")
     return roots
 
-# %% ../nbs/00_modality.ipynb #e80b53d6
+# %% ../nbs/00_modality.ipynb #4de8a01f
 @dataclass
 class ModalityMap:
     "Which linear layer of a model belongs to which part, and what is left dense, with the reason."
@@ -55,10 +56,13 @@ class ModalityMap:
         return {name: m for part in PARTS for name, m in self.linears[part].items()}
 
     def __repr__(self):
-        rows = [f"{part:>10}: {len(ls):3d} linear layers, {sum(m.weight.numel() for m in ls.values()):>13,}"
-                " weights" for part, ls in self.linears.items()]
+        rows = []
+        for part, layers in self.linears.items():
+            weights = sum(m.weight.numel() for m in layers.values())
+            rows.append(f"{part:>10}: {len(layers):3d} linear layers, {weights:>13,} weights")
         reasons = Counter(self.left_dense.values())
-        return "\n".join(rows + ["left dense: " + ", ".join(f"{n} {r}" for r, n in reasons.items())])
+        dense = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        return "\n".join([*rows, f"left dense: {dense}"])
 
 # %% ../nbs/00_modality.ipynb #b646c169
 def _reason(module, head, shared):
@@ -71,14 +75,15 @@ def _reason(module, head, shared):
     if "conv" in type(module).__name__.lower(): return "convolution"
     return "bare parameter"
 
-# %% ../nbs/00_modality.ipynb #838cf01d
+# %% ../nbs/00_modality.ipynb #52506f08
 def modality_map(
     model: nn.Module,  # any vision-language model of transformers
 ) -> ModalityMap:
     "Sort every module of `model` that owns weights into vision, interface and language."
     found = ModalityMap({part: {} for part in PARTS}, {}, part_roots(model))
-    language = next(model.get_submodule(root) for root, part in found.roots.items() if part == "language")
-    head = model.get_output_embeddings() or getattr(language, "lm_head", None)
+    language = next(root for root, part in found.roots.items() if part == "language")
+    head = (model.get_output_embeddings()
+            or getattr(model.get_submodule(language), "lm_head", None))
     owners = [(name, module) for name, module in model.named_modules()
               if any(True for _ in module.parameters(recurse=False))]
     shared = Counter(id(module.weight) for _, module in owners if hasattr(module, "weight"))
@@ -88,9 +93,9 @@ def modality_map(
         else: found.left_dense[name or type(model).__name__] = reason
     return found
 
-# %% ../nbs/00_modality.ipynb #4f51dcae
+# %% ../nbs/00_modality.ipynb #acbac9b0
 def _matching(key, mmap):
-    "The layers that one key of a setting means, and how exact it is (0 part, 1 expression, 2 name)."
+    "How exact a key of a setting is (0 part, 1 expression, 2 name), and the layers it means."
     layers = mmap.layers
     if key in PARTS: return 0, list(mmap.linears[key])
     if key in layers: return 2, [key]
@@ -98,8 +103,9 @@ def _matching(key, mmap):
     except re.error: hits = []
     if hits: return 1, hits
     near = difflib.get_close_matches(key, [*PARTS, *layers], n=2, cutoff=0.4)
-    raise ValueError(f"no layer matches {key!r}: expected one of {', '.join(PARTS)}, a layer's name or a "
-                     f"regular expression for whole names" + (f"; near it: {', '.join(near)}" if near else ""))
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    raise ValueError(f"no layer matches {key!r}: expected one of {', '.join(PARTS)}, a layer's "
+                     f"name or a regular expression for whole names{hint}")
 
 # %% ../nbs/00_modality.ipynb #b4fb464b
 def per_layer(
@@ -116,7 +122,7 @@ def per_layer(
             if exact >= found.get(name, (-1,))[0]: found[name] = exact, value
     return {name: found[name][1] for name in mmap.layers if name in found}
 
-# %% ../nbs/00_modality.ipynb #1fc7eec6
+# %% ../nbs/00_modality.ipynb #cb471324
 def check_share(
     share,  # your function of (mmap, part)
 ) -> None:
@@ -126,5 +132,6 @@ def check_share(
     counts = {part: sum(a * b for a, b in ss) for part, ss in sizes.items()}
     for part in PARTS:
         want, got = counts[part] / sum(counts.values()), share(ModalityMap(layers, {}, {}), part)
-        assert abs(got - want) < 1e-6, (f"{part}: got {got:.4f}, want {want:.4f} for weights {sizes[part]} "
-                                        f"(count weights, not layers; biases do not count)")
+        assert abs(got - want) < 1e-6, (
+            f"{part}: got {got:.4f}, want {want:.4f} for weights {sizes[part]} "
+            "(count weights, not layers; biases do not count)")

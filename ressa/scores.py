@@ -10,7 +10,15 @@ from dataclasses import dataclass
 import torch
 from .masks import apply_mask, select
 
-# %% ../nbs/11_scores.ipynb #d5e84aad
+# %% ../nbs/11_scores.ipynb #c8b90665
+def _combine(a, b):
+    "Mean and spread of two `Sums` taken together."
+    n, step = a.n + b.n, b.mean - a.mean
+    if n == 0: return a.mean, a.spread
+    spread = a.spread + (b.spread + step.square() * (a.n * b.n / n))
+    return a.mean + step * (b.n / n), spread
+
+# %% ../nbs/11_scores.ipynb #d94e9601
 @dataclass
 class Sums:
     "Sums over a layer's inputs `x` (…, in), in float32, that grow with each `update`."
@@ -23,13 +31,14 @@ class Sums:
     @classmethod
     def of(
         cls,
-        x: torch.Tensor,  # (…, in) any float dtype; everything before the last axis counts as tokens
+        x: torch.Tensor,  # (…, in) any float dtype; all axes but the last count as tokens
         mean: bool = True,  # gather mean and variance
         gram: bool = True,  # gather XᵀX, by far the largest
     ):
         "The sums over one batch of inputs."
         x = x.reshape(-1, x.shape[-1]).float()
-        new = cls(len(x), torch.linalg.vector_norm(x, dim=0).square(), gram=x.T @ x if gram else None)
+        square_sum = torch.linalg.vector_norm(x, dim=0).square()
+        new = cls(len(x), square_sum, gram=x.T @ x if gram else None)
         if mean:
             new.mean = x.mean(0) if len(x) else torch.zeros_like(new.square_sum)
             new.spread = (x - new.mean).square().sum(0)
@@ -38,19 +47,15 @@ class Sums:
     def update(self, x: torch.Tensor):
         "Add another batch of inputs, in place, gathering what is gathered already. Returns itself."
         new = self.of(x, mean=self.mean is not None, gram=self.gram is not None)
-        n = self.n + new.n
-        if self.mean is not None and n:
-            step = new.mean - self.mean
-            self.spread += new.spread + step.square() * (self.n * new.n / n)
-            self.mean = self.mean + step * (new.n / n)
+        if self.mean is not None: self.mean, self.spread = _combine(self, new)
         if self.gram is not None: self.gram += new.gram
         self.square_sum += new.square_sum
-        self.n = n
+        self.n += new.n
         return self
 
-# %% ../nbs/11_scores.ipynb #65ab9c2c
+# %% ../nbs/11_scores.ipynb #ee02e5ca
 class Statistics(Sums):
-    "All that pruning may know of a layer's inputs. Make it with `Statistics.of(x)`, extend it with `update`."
+    "All that pruning may know of a layer's inputs: `Statistics.of(x)`, extended with `update`."
 
     @property
     def norm(self) -> torch.Tensor:
@@ -90,7 +95,7 @@ def wanda(
     "Prune the smallest |W|·‖X‖₂ of each row (Sun et al., arXiv 2306.11695). Raises `ValueError`."
     return apply_mask(weight, select(weight.abs().float() * stats.norm, sparsity, pattern, group))
 
-# %% ../nbs/11_scores.ipynb #e224bbdb
+# %% ../nbs/11_scores.ipynb #01fef5b4
 def ria(
     weight: torch.Tensor,  # (out, in)
     stats: Statistics,  # of the layer's inputs
@@ -102,7 +107,8 @@ def ria(
     "Prune by relative importance and activations (Zhang et al., ICLR 2024). Raises `ValueError`."
     size = weight.abs().float()
     tiny = torch.finfo(size.dtype).tiny
-    relative = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+    columns, rows = (size.sum(axis, keepdim=True).clamp_min(tiny) for axis in (0, 1))
+    relative = size / columns + size / rows
     return apply_mask(weight, select(relative * stats.norm ** power, sparsity, pattern))
 
 # %% ../nbs/11_scores.ipynb #ef097d52
@@ -114,7 +120,7 @@ def reconstruction_error(
     "‖XWᵀ − XŴᵀ‖ / ‖XWᵀ‖ over all tokens (Frobenius norms)."
     return ((x @ (weight - pruned).T).norm() / (x @ weight.T).norm()).item()
 
-# %% ../nbs/11_scores.ipynb #5a440f04
+# %% ../nbs/11_scores.ipynb #c66275db
 def check_wanda_score(
     wanda_score,  # your function of weight (out, in) and x (tokens, in)
 ) -> None:
@@ -123,14 +129,15 @@ def check_wanda_score(
     got, want = wanda_score(weight, x), weight.abs() * x.norm(dim=0)
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, want {tuple(want.shape)}"
     if torch.allclose(got, want, atol=1e-5): return
-    hints = {"the norm runs over the wrong axis: sum over tokens, dim 0": weight.abs() * x.norm(dim=1),
-             "the square root is missing": weight.abs() * x.square().sum(0),
-             "take the absolute value of the weight": weight * x.norm(dim=0),
-             "the norms belong to columns, not to rows": weight.abs() * x.norm(dim=0)[:, None]}
+    size, norm = weight.abs(), x.norm(dim=0)
+    hints = {"the norm runs over the wrong axis: sum over tokens, dim 0": size * x.norm(dim=1),
+             "the square root is missing": size * x.square().sum(0),
+             "take the absolute value of the weight": weight * norm,
+             "the norms belong to columns, not to rows": size * norm[:, None]}
     why = [hint for hint, wrong in hints.items() if torch.allclose(got, wrong, atol=1e-5)]
-    raise AssertionError(f"{why[0] if why else 'wrong'}: for weight {weight.tolist()} and x {x.tolist()}")
+    raise AssertionError(f"{(why or ['wrong'])[0]}: for weight {weight.tolist()}, x {x.tolist()}")
 
-# %% ../nbs/11_scores.ipynb #13a7c4d8
+# %% ../nbs/11_scores.ipynb #bc36f3d6
 def check_merge_means(
     merge_means,  # your function of (mean_a, n_a, mean_b, n_b)
 ) -> None:
@@ -138,5 +145,6 @@ def check_merge_means(
     a, b = torch.randn(2, 3), torch.randn(7, 3)
     got, want = merge_means(a.mean(0), 2, b.mean(0), 7), torch.cat([a, b]).mean(0)
     if torch.allclose(got, (a.mean(0) + b.mean(0)) / 2, atol=1e-5):
-        raise AssertionError("the batches have 2 and 7 tokens: each token counts once, not each batch")
-    assert torch.allclose(got, want, atol=1e-5), f"got {got.tolist()}, want {want.tolist()} for 2 and 7 tokens"
+        raise AssertionError("batches of 2 and 7 tokens: each token counts once, not each batch")
+    assert torch.allclose(got, want, atol=1e-5), (
+        f"got {got.tolist()}, want {want.tolist()} for 2 and 7 tokens")

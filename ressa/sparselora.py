@@ -33,15 +33,16 @@ def _compute_dtype(x):
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-# %% ../nbs/30_sparselora.ipynb #cd8839f6
+# %% ../nbs/30_sparselora.ipynb #4a03c9c5
 class _SparseLora(torch.autograd.Function):
     "Y = X(W + (BA)⊙[W≠0])ᵀ + b, exact in all gradients, W' rebuilt in backward."
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B):
         ctx.save_for_backward(x, weight, A, B)
+        bias = None if bias is None else bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, masked_weight(weight, A, B).to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return F.linear(x, masked_weight(weight, A, B).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx, dy):
@@ -56,7 +57,7 @@ class _SparseLora(torch.autograd.Function):
         if ctx.needs_input_grad[2]: db = flat.sum(0)
         return dx, None, db, dA, dB
 
-# %% ../nbs/30_sparselora.ipynb #b360fed9
+# %% ../nbs/30_sparselora.ipynb #f4f26a82
 def sparse_lora_linear(
     x: torch.Tensor,  # (…, in)
     weight: torch.Tensor,  # (out, in) pruned, frozen
@@ -65,10 +66,10 @@ def sparse_lora_linear(
     B: torch.Tensor,  # (out, r)
     scale: float = 1.0,  # s = α/r
 ) -> torch.Tensor:  # (…, out)
-    "A linear layer with a masked low-rank update: x(W + s·(BA)⊙[W≠0])ᵀ + b (RESSA, arXiv 2404.02424)."
+    "A linear layer with a masked update: x(W + s·(BA)⊙[W≠0])ᵀ + b (RESSA, arXiv 2404.02424)."
     return _SparseLora.apply(x.to(_compute_dtype(x)), weight, bias, A, B * scale)
 
-# %% ../nbs/30_sparselora.ipynb #72af0f55
+# %% ../nbs/30_sparselora.ipynb #e52f650e
 class SparseLoraLinear(LoraLinear):
     "A PEFT LoRA layer whose update is masked by the zeros of its base weight."
 
@@ -86,7 +87,7 @@ class SparseLoraLinear(LoraLinear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("SparseLoRA cannot mix adapters within one batch: its update is one matrix")
+            raise ValueError("adapter_names: SparseLoRA cannot mix adapters within one batch")
         if self.disable_adapters and self.merged: self.unmerge()
         stacked = None if self.disable_adapters or self.merged else self._stacked()
         if stacked is None: return self.base_layer(x, *args, **kwargs)
@@ -96,35 +97,37 @@ class SparseLoraLinear(LoraLinear):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         "s·(BA)⊙[W≠0] of one adapter, (out, in): what merging adds."
         delta, weight = super().get_delta_weight(adapter), self.get_base_layer().weight
-        return torch.where(weight != 0, delta, torch.zeros((), dtype=delta.dtype, device=delta.device))
+        zero = torch.zeros((), dtype=delta.dtype, device=delta.device)
+        return torch.where(weight != 0, delta, zero)
 
-# %% ../nbs/30_sparselora.ipynb #79fb2d7f
+# %% ../nbs/30_sparselora.ipynb #4acd57e0
 @dataclass
 class SparseLoraConfig(LoraConfig):
-    "A PEFT config: rank and alpha per part, layer or expression; all other fields as in `LoraConfig`."
+    "A `LoraConfig` whose rank and alpha may be given per part, layer or expression."
     r: int | dict = field(default_factory=lambda: {"vision": 4, "language": 8, "interface": 2})
     lora_alpha: int | float | dict = 16
 
     def __post_init__(self):
-        given, self.r = self.r, self.r if isinstance(self.r, int) else max(self.r.values(), default=0)
+        given = self.r
+        self.r = given if isinstance(given, int) else max(given.values(), default=0)
         super().__post_init__()
         self.r, self.peft_type = given, "SPARSELORA"
-        unfit = [name for name in ("use_dora", "lora_bias", "use_rslora", "fan_in_fan_out") if getattr(self, name)]
-        if unfit: raise ValueError(f"SparseLoRA does not support {', '.join(unfit)}: leave {unfit[0]} off")
+        for name in ("use_dora", "lora_bias", "use_rslora", "fan_in_fan_out"):
+            if not getattr(self, name): continue
+            raise ValueError(f"SparseLoRA does not support {name}: leave it off")
 
-# %% ../nbs/30_sparselora.ipynb #a9ac77df
+# %% ../nbs/30_sparselora.ipynb #67c131c6
 def peft_targets(
     model: nn.Module,  # the model that gets adapters
     r,  # rank, or a mapping from part, layer or expression to rank
     lora_alpha=16,  # alpha, likewise
 ) -> dict:  # fields of a `LoraConfig`: r, lora_alpha, target_modules, rank_pattern, alpha_pattern
-    "Ranks and alphas by part, in PEFT's own terms. Raises `ValueError` for a key that matches nothing."
+    "Ranks and alphas by part, in PEFT's own terms. Raises `ValueError`."
     mmap = modality_map(model)
     ranks, alphas = (per_layer(value, mmap, default_parts=PARTS) for value in (r, lora_alpha))
     missing = [name for name in ranks if name not in alphas]
-    if missing or not ranks:
-        raise ValueError(f"lora_alpha has no value for {missing[0]}, which r gives a rank" if missing
-                         else f"r={r!r} gives no layer a rank")
+    if missing: raise ValueError(f"lora_alpha has no value for {missing[0]}, which r gives a rank")
+    if not ranks: raise ValueError(f"r={r!r} gives no layer a rank")
     return dict(r=max(ranks.values()), lora_alpha=max(alphas.values()), target_modules=set(ranks),
                 rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
                 alpha_pattern={f"^{name}": alphas[name] for name in ranks})
@@ -150,20 +153,22 @@ PEFT_TYPE_TO_CONFIG_MAPPING["SPARSELORA"] = SparseLoraConfig
 PEFT_TYPE_TO_TUNER_MAPPING["SPARSELORA"] = SparseLoraModel
 PEFT_TYPE_TO_PREFIX_MAPPING["SPARSELORA"] = "lora_"
 
-# %% ../nbs/30_sparselora.ipynb #fdefca67
+# %% ../nbs/30_sparselora.ipynb #33f66fa6
 def check_sparse_lora_weight(
     sparse_lora_weight,  # your function of (weight, A, B, scale)
 ) -> None:
     "Check exercise 1 on a random pruned weight."
-    weight, A, B = torch.randn(4, 6) * (torch.rand(4, 6) < 0.6), torch.randn(2, 6), torch.randn(4, 2)
+    weight, A, B = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
+    weight[torch.rand(4, 6) < 0.4] = 0
     got, mask = sparse_lora_weight(weight, A, B, 3.0), weight != 0
-    filled = ((weight == 0) & (got != 0)).nonzero()
-    assert not len(filled), f"the zero at row {filled[0, 0]}, column {filled[0, 1]} is filled: mask the product BA"
-    assert not torch.allclose(got, (weight + B @ A) * mask, atol=1e-5), "the scale is missing"
-    assert not torch.allclose(got, 3 * (weight + B @ A) * mask, atol=1e-5), "the scale belongs to the update alone"
-    assert torch.allclose(got, (weight + 3 * B @ A) * mask, atol=1e-5), f"wrong for weight {weight.tolist()}"
+    filled = (~mask & (got != 0)).nonzero().tolist()
+    assert not filled, "the zero at row {}, column {} is filled: mask BA".format(*filled[0])
+    def is_like(wrong): return torch.allclose(got, wrong * mask, atol=1e-5)
+    assert not is_like(weight + B @ A), "the scale is missing"
+    assert not is_like(3 * (weight + B @ A)), "the scale belongs to the update alone"
+    assert is_like(weight + 3 * B @ A), f"wrong for weight {weight.tolist()}"
 
-# %% ../nbs/30_sparselora.ipynb #dea3c590
+# %% ../nbs/30_sparselora.ipynb #0ee641aa
 def check_grad_B(
     grad_B,  # your function of (x, dy, weight, A, scale)
 ) -> None:
@@ -173,6 +178,7 @@ def check_grad_B(
     want, = torch.autograd.grad((x @ (weight + 2 * (B @ A) * (weight != 0)).T * dy).sum(), B)
     got = grad_B(x, dy, weight, A, 2.0)
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, want {tuple(want.shape)}"
-    assert not torch.allclose(got, 2 * dy.T @ x @ A.T, atol=1e-4), "the mask is missing: this is plain LoRA's gradient"
+    plain = 2 * dy.T @ x @ A.T
+    assert not torch.allclose(got, plain, atol=1e-4), "the mask is missing: this is plain LoRA"
     assert not torch.allclose(2 * got, want, atol=1e-4), "the scale is missing"
     assert torch.allclose(got, want, atol=1e-4), "wrong: G = dyᵀx, masked, times Aᵀ and the scale"

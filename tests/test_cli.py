@@ -1,0 +1,177 @@
+"""The command, as a user calls it: the walk, a fresh process, bad wishes, and kills."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = str(Path(sys.executable).parent / "ressa")
+QUICK = ["--limit", "40", "--steps", "4", "--batch-size", "8", "--calibration", "16"]
+
+
+def ressa(*args, **kwargs):
+    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "The output of one short walk."
+    out = tmp_path_factory.mktemp("walk") / "out"
+    done = ressa("repair", "--out", out, *QUICK)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_results_hold_what_they_promise(finished):
+    results = json.loads((finished[0] / "results.json").read_text())
+    for row in ("dense", "pruned", "plain_lora", "repaired", "blind"):
+        low, high = results[row]["accuracy_ci"]
+        assert 0 <= low <= results[row]["accuracy"] <= high <= 1
+        if row != "blind": assert 0 <= results[row]["caption_exact"] <= 1
+    assert results["zeros_filled"] == 0
+    assert 0.78 < results["sparsity"]["vision"] <= 0.8 and 0.78 < results["sparsity"]["language"] <= 0.8
+    assert results["sparsity"]["interface"] == 0
+    assert results["seconds"]["repaired_training"] > 0 and results["peak_memory_mb"] < 2000
+    assert results["dense"]["accuracy"] > 0.9 > results["pruned"]["accuracy"]
+
+
+def test_report_is_one_whole_page(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert page.endswith("</html>") and page.count("data:image/png") >= 3
+    assert "src=\"http" not in page and "<script" not in page
+    assert "Zeros filled by the repair: 0" in page and "Zeros filled by the repair: 0" in finished[1]
+
+
+def test_nothing_is_left_over(finished):
+    assert sorted(p.name for p in finished[0].iterdir()) == ["model", "report.html", "results.json", "run.json"]
+    assert not [p for p in (finished[0] / "model").iterdir() if p.suffix in (".bin", ".pt", ".pkl", ".part")]
+
+
+def test_called_again_it_shows_the_same(finished):
+    start = time.perf_counter()
+    again = ressa("repair", "--out", finished[0], *QUICK)
+    assert again.returncode == 0 and again.stdout == finished[1]
+
+
+def test_the_model_answers_in_a_fresh_process(finished):
+    code = """
+import sys
+from PIL import Image, ImageDraw
+from transformers import AutoModelForImageTextToText, AutoProcessor
+assert not any(name.startswith("ressa") for name in sys.modules)
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+picture = Image.new("RGB", (64, 64), "white")
+ImageDraw.Draw(picture).rectangle((10, 10, 40, 30), fill=(255, 0, 0))
+inputs = processor(images=picture, text="Question: is there a red shape? Short answer:", return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=5)[0], skip_special_tokens=True))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(finished[0] / "model")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_evaluate_opens_it(finished):
+    done = ressa("evaluate", "--model", finished[0] / "model", "--limit", 20)
+    assert done.returncode == 0 and "yes/no color" in done.stdout and "CIDEr" in done.stdout, done.stderr
+
+
+def test_prune_saves_a_sparse_model(tmp_path):
+    from ressa.cli import load_model, part_sparsity
+    done = ressa("prune", "--pattern", "2:4", "--calibration", 8, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    sparsity = part_sparsity(load_model(str(tmp_path / "out" / "model"), "cpu")[0])
+    assert sparsity == {"vision": 0.5, "interface": 0.0, "language": 0.5}
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (["--method", "wandering"], "method must be one of"),
+    (["--sparsity", "1.3"], "sparsity must be in [0, 1)"),
+    (["--sparsity", "-0.1"], "sparsity must be in [0, 1)"),
+    (["--pattern", "2:7"], "divisible by 7"),
+    (["--pattern", "4:2"], "pattern must be 'N:M'"),
+    (["--pattern", "2:4", "--vision", "0.5"], "--pattern cannot go with --vision"),
+    (["--limit", "0"], "--limit must be 1 or more"),
+    (["--steps", "0"], "--steps must be 1 or more"),
+    (["--lr", "-1"], "--lr must be above 0"),
+    (["--distill-weight", "2"], "--distill-weight must be in [0, 1]"),
+    (["--temperature", "0"], "--temperature must be above 0"),
+    (["--device", "abacus"], "device 'abacus' is unknown"),
+    (["--calibration", "1000000"], "calibration rows wanted"),
+    (["--model", "no/such-model"], "no vision-language model there"),
+])
+def test_bad_wishes(tmp_path, capsys, wrong, said):
+    from ressa.cli import main
+    out = tmp_path / "out"
+    assert main(["repair", "--out", str(out), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ressa: error:") and said in error and len(error.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_folder_that_is_not_ours_is_not_touched(tmp_path, capsys):
+    from ressa.cli import main
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["repair", "--out", str(tmp_path), *QUICK]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_path_that_cannot_be_written(tmp_path, capsys):
+    from ressa.cli import main
+    (tmp_path / "file").write_text("")
+    assert main(["prune", "--calibration", "8", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_broken_checkpoints_are_refused(tmp_path, capsys):
+    import shutil
+
+    from ressa.bundled import BUNDLED
+    from ressa.cli import main
+    for name, damage in (("cut", lambda f: f.write_bytes(f.read_bytes()[:1000])),
+                         ("pickle", lambda f: f.rename(f.with_name("pytorch_model.bin")))):
+        shutil.copytree(BUNDLED, tmp_path / name)
+        damage(tmp_path / name / "model.safetensors")
+        assert main(["evaluate", "--model", str(tmp_path / name), "--limit", "5"]) == 2
+        assert "no vision-language model there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["plain lora: 4 steps", "repaired: 4 steps"])
+def test_killed_and_called_again(tmp_path, when, finished):
+    "SIGKILL in the middle leaves nothing that looks whole, and the same command finishes with the same numbers."
+    out = tmp_path / "out"
+    command = [COMMAND, "repair", "--out", str(out), *QUICK]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    for line in process.stderr:
+        if when in line: break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (out / "run.json").exists() and not (out / "results.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results, undisturbed = (json.loads((place / "results.json").read_text()) for place in (out, finished[0]))
+    for row in ("dense", "pruned", "plain_lora", "repaired"):
+        assert results[row]["accuracy"] == undisturbed[row]["accuracy"], row
+    assert results["zeros_filled"] == 0
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, monkeypatch, capsys):
+    import errno
+
+    from ressa import cli
+    monkeypatch.setattr(cli, "save_whole", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    assert cli.main(["prune", "--calibration", "8", "--out", str(tmp_path / "out")]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "results.json").exists()
+
+
+def test_help_teaches():
+    for command in ((), ("repair",), ("prune",), ("evaluate",)):
+        done = ressa(*command, "--help")
+        assert done.returncode == 0 and "examples:" in done.stdout
+    assert "in [0, 1)" in ressa("repair", "--help").stdout

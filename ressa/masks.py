@@ -6,19 +6,28 @@
 __all__ = ['parse_pattern', 'check_target', 'select', 'apply_mask', 'sparsity_of', 'has_pattern', 'check_select_columns',
            'check_patterns']
 
-# %% ../nbs/10_masks.ipynb #153846ed
+# %% ../nbs/10_masks.ipynb #316318ba
 import re
+import numpy as np
 import torch
 
-# %% ../nbs/10_masks.ipynb #57cb18b2
-def _lowest(score, k):
-    "Mask of the `k` lowest entries of each row (rows, n); of equal ones the leftmost."
-    if k == 0: return torch.zeros_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(k, dim=1, keepdim=True).values
-    low, tied = score < threshold, score == threshold
-    room = k - low.sum(1, keepdim=True)
-    if (tied.sum(1, keepdim=True) > room).any(): tied &= tied.cumsum(1) <= room
-    return low | tied
+# %% ../nbs/10_masks.ipynb #1f7b5e68
+def _threshold(score, k):
+    "The k-th lowest score of each row (rows, 1)."
+    if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.partition(score.detach().numpy(), k - 1)[:, k - 1:k])
+    return score.kthvalue(k, dim=1, keepdim=True).values
+
+# %% ../nbs/10_masks.ipynb #69c29e6c
+def _stays(score, k):
+    "Mask of all but the `k` lowest entries of each row (rows, n); of equal ones the leftmost fall."
+    if k == 0: return torch.ones_like(score, dtype=torch.bool)
+    threshold, wanted = _threshold(score, k), score.shape[1] - k
+    above = score > threshold
+    if torch.count_nonzero(above) == wanted * len(score): return above
+    tied = score == threshold
+    fall = tied.sum(1, keepdim=True) - (wanted - above.sum(1, keepdim=True))
+    return above | (tied & (tied.cumsum(1) > fall))
 
 # %% ../nbs/10_masks.ipynb #bf906f27
 def parse_pattern(
@@ -47,7 +56,7 @@ def check_target(
     elif isinstance(sparsity, str) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), the fraction of zeros, not {sparsity!r}")
 
-# %% ../nbs/10_masks.ipynb #04e242ab
+# %% ../nbs/10_masks.ipynb #230a30f8
 def select(
     score: torch.Tensor,  # (out, in), any real dtype; the higher, the more a weight matters
     sparsity: float | None = None,  # fraction of each row that is pruned, in [0, 1)
@@ -58,7 +67,7 @@ def select(
     check_target(sparsity, pattern, score.shape[1])
     if group not in ("row", "layer"):
         raise ValueError(f"group must be 'row' or 'layer', not {group!r}")
-    if score.isnan().any():
+    if score.sum().isnan() and score.isnan().any():
         raise ValueError("the score holds NaN: check weights and calibration inputs")
     if pattern is not None:
         n, m = parse_pattern(pattern)
@@ -66,15 +75,16 @@ def select(
     else:
         groups = score if group == "row" else score.reshape(1, -1)
         k = int(sparsity * groups.shape[1] + 1e-9)
-    return ~_lowest(groups, k).reshape(score.shape)
+    return _stays(groups, k).reshape(score.shape)
 
-# %% ../nbs/10_masks.ipynb #e8272446
+# %% ../nbs/10_masks.ipynb #4ffeb59c
 def apply_mask(
     weight: torch.Tensor,  # (out, in)
     mask: torch.Tensor,  # bool (out, in), True = kept
 ) -> torch.Tensor:  # a new tensor of the same dtype
-    "The weight with +0.0 where the mask is False; kept weights stay the same to the bit."
-    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    "The weight, with +0.0 where the mask is False; kept weights stay the same to the bit."
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return (weight.detach().view(bits) * mask).view(weight.dtype)
 
 # %% ../nbs/10_masks.ipynb #b1fb65c4
 def sparsity_of(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['before_first_call', 'shared_inputs', 'number_of_rows', 'split_rows', 'blocks_of', 'join_rows', 'pieces_of',
-           'in_pieces', 'input_of', 'check_sharers', 'check_in_halves']
+           'in_pieces', 'inputs_of', 'check_sharers', 'check_in_halves']
 
 # %% ../nbs/04_passes.ipynb #eb2e871f
 from collections import defaultdict
@@ -142,26 +142,26 @@ def in_pieces(
             del block.forward
             if forward is not None: block.forward = forward
 
-# %% ../nbs/04_passes.ipynb #2399417e
+# %% ../nbs/04_passes.ipynb #fc46e2b0
 class _Reached(Exception):
-    "Raised to leave a block once the wanted layer has been given its input."
+    "Raised to leave a block once all wanted layers have been given their inputs."
 
 @torch.no_grad()
-def input_of(
-    layer: nn.Module,  # a layer inside a block
+def inputs_of(
+    layers: dict,  # name → layer inside the block
     forward: Callable,  # the block's forward
     args: tuple,
     kwargs: dict,
-) -> torch.Tensor | None:  # what the layer is given; None if it is not called
-    "Run a block up to one of its layers, and return that layer's input."
-    caught = []
-    def stop(name, module, x):
-        caught.append(x)
-        raise _Reached
-    with before_first_call({"layer": layer}, stop):
+) -> dict[str, torch.Tensor]:  # name → what it is given; layers that are not called are left out
+    "Run a block until all `layers` have been given their inputs, and return these."
+    caught = {}
+    def note(name, module, x):
+        caught[name] = x
+        if len(caught) == len(layers): raise _Reached
+    with before_first_call(layers, note):
         try: forward(*args, **kwargs)
         except _Reached: pass
-    return caught[0] if caught else None
+    return caught
 
 # %% ../nbs/04_passes.ipynb #8e4f0e3c
 def check_sharers(

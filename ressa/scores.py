@@ -18,7 +18,12 @@ def _combine(a, b):
     spread = a.spread + (b.spread + step.square() * (a.n * b.n / n))
     return a.mean + step * (b.n / n), spread
 
-# %% ../nbs/11_scores.ipynb #d94e9601
+# %% ../nbs/11_scores.ipynb #08a1c3e4
+def _square_sum(x):
+    "Sum of squares of each column of x (tokens, in), in float32."
+    pieces = x.split(128) if x.device.type == "cpu" else (x,)  # 128 rows stay in a CPU's cache
+    return sum(piece.float().square().sum(0) for piece in pieces)
+
 @dataclass
 class Sums:
     "Sums over a layer's inputs `x` (…, in), in float32, that grow with each `update`."
@@ -36,12 +41,13 @@ class Sums:
         gram: bool = True,  # gather XᵀX, by far the largest
     ):
         "The sums over one batch of inputs."
-        x = x.reshape(-1, x.shape[-1]).float()
-        square_sum = torch.linalg.vector_norm(x, dim=0).square()
-        new = cls(len(x), square_sum, gram=x.T @ x if gram else None)
+        x = x.reshape(-1, x.shape[-1])
+        new = cls(len(x), _square_sum(x))
+        if mean or gram: x = x.float()
+        if gram: new.gram = x.T @ x
         if mean:
             new.mean = x.mean(0) if len(x) else torch.zeros_like(new.square_sum)
-            new.spread = (x - new.mean).square().sum(0)
+            new.spread = _square_sum(x - new.mean)
         return new
 
     def update(self, x: torch.Tensor):

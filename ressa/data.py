@@ -79,9 +79,10 @@ def load_easy_vqa(
         if value not in known: raise ValueError(f"{name} must be one of {known}, not {value!r}")
     return Dataset.from_list(list(_rows(split, task))).cast_column("image", Image(mode="RGB"))
 
-# %% ../nbs/01_data.ipynb #2da550a7
+# %% ../nbs/01_data.ipynb #e42bca9c
 def word_tokenizer(
     texts,  # all texts whose words shall be known
+    padding_side: str = "left",  # shorter texts of a batch are filled up there
 ):  # → a `PreTrainedTokenizerFast` with <pad>, <bos>, <eos>, <unk> and <image>
     "A tokenizer that knows the words of `texts`, one token a word, in lower case."
     from transformers import PreTrainedTokenizerFast
@@ -95,9 +96,10 @@ def word_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=begin)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        unk_token="<unk>", padding_side="left", model_input_names=["input_ids", "attention_mask"])
+        unk_token="<unk>", padding_side=padding_side,
+        model_input_names=["input_ids", "attention_mask"])
 
-# %% ../nbs/01_data.ipynb #ab4053ea
+# %% ../nbs/01_data.ipynb #60ae8f69
 def easy_vqa_processor(
     image_size: int = 64,  # pixels along one side
     num_query_tokens: int = 8,  # how many <image> tokens stand before a prompt
@@ -109,7 +111,7 @@ def easy_vqa_processor(
     texts = [QUESTION_PROMPT, CAPTION_PROMPT, CAPTION, *asked]
     images = BlipImageProcessorPil(size={"height": image_size, "width": image_size},
                                    image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return InstructBlipProcessor(images, word_tokenizer(texts), word_tokenizer(texts),
+    return InstructBlipProcessor(images, word_tokenizer(texts), word_tokenizer(texts, "right"),
                                  num_query_tokens=num_query_tokens)
 
 # %% ../nbs/01_data.ipynb #5fe5ff01

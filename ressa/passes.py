@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['before_first_call', 'shared_inputs', 'number_of_rows', 'split_rows', 'blocks_of', 'join_rows', 'pieces_of',
-           'in_pieces', 'inputs_of', 'check_sharers', 'check_in_halves']
+           'in_pieces', 'inputs_of', 'one_look_per_image', 'take_rows', 'check_sharers', 'check_in_halves']
 
-# %% ../nbs/04_passes.ipynb #eb2e871f
+# %% ../nbs/04_passes.ipynb #e09c8cf9
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -142,10 +142,11 @@ def in_pieces(
             del block.forward
             if forward is not None: block.forward = forward
 
-# %% ../nbs/04_passes.ipynb #fc46e2b0
+# %% ../nbs/04_passes.ipynb #98869870
 class _Reached(Exception):
     "Raised to leave a block once all wanted layers have been given their inputs."
 
+# %% ../nbs/04_passes.ipynb #f0e46804
 @torch.no_grad()
 def inputs_of(
     layers: dict,  # name → layer inside the block
@@ -158,10 +159,47 @@ def inputs_of(
     def note(name, module, x):
         caught[name] = x
         if len(caught) == len(layers): raise _Reached
-    with before_first_call(layers, note):
-        try: forward(*args, **kwargs)
-        except _Reached: pass
+    with before_first_call(layers, note), suppress(_Reached): forward(*args, **kwargs)
     return caught
+
+# %% ../nbs/04_passes.ipynb #7ae4fb75
+def _new_rows(x):
+    "Which rows of x differ from the row before: bool (rows,); the first always counts as new."
+    new = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    new[1:] = (x[1:] != x[:-1]).flatten(1).any(1)
+    return new
+
+# %% ../nbs/04_passes.ipynb #6d06006e
+@contextmanager
+def one_look_per_image(
+    vision: nn.Module,  # a tower called with pixel values (rows, …), giving outputs with rows
+):
+    "While the block runs, `vision` computes neighbouring equal images once."
+    numbers = []
+    def drop(module, args, kwargs):
+        pixels = args[0] if args else kwargs["pixel_values"]
+        new = _new_rows(pixels)
+        numbers.append(new.cumsum(0) - 1)
+        if args: return (pixels[new], *args[1:]), kwargs
+        return args, kwargs | {"pixel_values": pixels[new]}
+    def restore(module, args, output): return take_rows(output, numbers.pop())
+    hooks = [vision.register_forward_pre_hook(drop, with_kwargs=True),
+             vision.register_forward_hook(restore)]
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
+
+# %% ../nbs/04_passes.ipynb #15215d3e
+def take_rows(
+    value,  # a tensor, or tuples, lists and dictionaries of such
+    rows: torch.Tensor,  # indices
+):
+    "The same structure with the given rows of each tensor."
+    if isinstance(value, torch.Tensor): return value[rows]
+    if isinstance(value, dict):
+        return type(value)({key: take_rows(part, rows) for key, part in value.items()})
+    if isinstance(value, (tuple, list)): return type(value)(take_rows(v, rows) for v in value)
+    return value
 
 # %% ../nbs/04_passes.ipynb #8e4f0e3c
 def check_sharers(

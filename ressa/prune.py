@@ -50,11 +50,12 @@ def _mended(first):
         return dsnot(weight, stats, pattern=pattern, start=start)
     return Method(function, mean=True, gram=first.gram, stacked=first.stacked)
 
-# %% ../nbs/14_prune.ipynb #9fb7e53d
+# %% ../nbs/14_prune.ipynb #d4f2c90e
 def method_of(
     method: str | Callable,  # a name, a name + "+dsnot", or f(weight, stats, *, sparsity, pattern)
 ) -> Method:
     "Look a pruning method up. Raises `ValueError` for an unknown name."
+    if isinstance(method, Method): return method
     if callable(method): return Method(method)
     name, _, after = method.partition("+")
     if name not in METHODS or after not in ("", "dsnot"):

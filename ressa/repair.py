@@ -22,7 +22,7 @@ from .masks import apply_mask
 from .modality import PARTS, modality_map
 from .sparselora import SparseLoraConfig, peft_targets
 
-# %% ../nbs/32_repair.ipynb #7b8f9cff
+# %% ../nbs/32_repair.ipynb #687d9ef5
 @dataclass
 class RessaArguments(TrainingArguments):
     "`TrainingArguments` with the three of the RESSA loss; the learning rate is the paper's."
@@ -43,6 +43,10 @@ class RessaArguments(TrainingArguments):
         super().__post_init__()
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"distill_weight must be in [0, 1], not {self.distill_weight}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if self.positions not in ("answer", "all"):
+            raise ValueError(f"positions must be 'answer' or 'all', not {self.positions!r}")
 
 # %% ../nbs/32_repair.ipynb #2849e786
 class QuietProgress(ProgressCallback):

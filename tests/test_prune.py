@@ -133,3 +133,117 @@ def test_gpu_prunes_the_same_weights(data):
         prune(model, to_device(calibration_batch(data[0], processor, n=16), device), sparsity=0.6, progress=False)
         masks.append(torch.cat([(m.weight != 0).flatten().cpu() for m in layers_of(model).values()]))
     assert (masks[0] == masks[1]).float().mean() > 0.999
+
+
+def mask_of(model):
+    return torch.cat([(m.weight != 0).flatten() for m in layers_of(model).values()])
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "ria+dsnot"])
+@pytest.mark.parametrize("micro_batch", [1, 5, 16])
+def test_in_pieces_the_same_weights_fall(data, method, micro_batch):
+    from ressa.bundled import load_bundled
+    masks = []
+    for options in ({}, dict(micro_batch=micro_batch)):
+        model, processor = load_bundled("cpu")
+        report = prune(model, calibration_batch(data[0], processor, n=16), method, sparsity=0.6, progress=False, **options)
+        assert len(report.layers) == 33
+        masks.append(mask_of(model))
+    assert (masks[0] != masks[1]).float().mean() <= 1e-3
+
+
+def test_block_by_block_differs_a_little_and_prunes_all(bundled, data):
+    from ressa.bundled import load_bundled
+    model, processor = bundled
+    batch, other = calibration_batch(data[0], processor, n=16), load_bundled("cpu")[0]
+    prune(model, batch, sparsity=0.6, progress=False)
+    report = prune(other, batch, sparsity=0.6, progress=False, micro_batch=4, recompute="block")
+    assert len(report.layers) == 33 and 0 < (mask_of(model) != mask_of(other)).float().mean() < 0.05
+
+
+def test_dense_statistics_is_pruning_on_the_dense_models_inputs(bundled, data):
+    model, processor = bundled
+    batch = calibration_batch(data[0], processor, n=8)
+    want, mask = {}, batch["attention_mask"].bool()
+    def note(name, module, x):
+        x = x[mask] if x.shape[:-1] == mask.shape else x
+        want[name] = wanda(module.weight.data, Statistics.of(x), sparsity=0.6)
+    with before_first_call(layers_of(model), note), torch.no_grad(): model(**batch)
+    prune(model, batch, sparsity=0.6, progress=False, dense_statistics=True)
+    for name, layer in layers_of(model).items(): assert torch.equal(layer.weight, want[name]), name
+
+
+def test_layers_outside_blocks_are_pruned_in_pieces_too(bundled, data):
+    model, processor = bundled
+    report = prune(model, calibration_batch(data[0], processor, n=8), sparsity={"interface": 0.5, "vision": 0.5},
+                   progress=False, micro_batch=3)
+    assert not report.left_dense and sparsity_of(model.language_projection.weight) == 0.5
+
+
+def test_sparsegpt_prunes_a_group_as_one_tall_weight(bundled, data):
+    model, processor = bundled
+    prune(model, calibration_batch(data[0], processor, n=16), "sparsegpt", sparsity={"language": 0.5}, progress=False)
+    attention = model.language_model.model.layers[0].self_attn
+    parts = [sparsity_of(m.weight) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert abs(sum(parts) / 3 - 0.5) < 1e-6 and max(parts) - min(parts) > 0.01
+
+
+def test_weights_that_accelerate_keeps_on_the_cpu_are_pruned(bundled, data):
+    from accelerate import cpu_offload
+    model, processor = bundled
+    batch, want = calibration_batch(data[0], processor, n=4), copy.deepcopy(model)
+    prune(want, batch, sparsity=0.5, progress=False)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.language_projection.weight.device.type == "meta"
+    prune(model, batch, sparsity=0.5, progress=False)
+    with torch.no_grad(): assert torch.equal(model(**batch).logits, want(**batch).logits)
+
+
+@pytest.mark.parametrize("wrong", [dict(micro_batch=0), dict(micro_batch=2, recompute="layer"),
+                                   dict(micro_batch=2, dense_statistics=True)])
+def test_ways_that_are_not_there(bundled, data, wrong):
+    model, processor = bundled
+    with pytest.raises(ValueError, match=next(iter(wrong)) if len(wrong) == 1 else list(wrong)[1]):
+        prune(model, calibration_batch(data[0], processor, n=4), sparsity=0.5, progress=False, **wrong)
+
+
+def test_the_model_is_as_it_was_even_after_an_error(bundled, data):
+    model, processor = bundled
+    def broken(weight, stats, **options): raise RuntimeError("no")
+    with pytest.raises(RuntimeError):
+        prune(model, calibration_batch(data[0], processor, n=4), broken, sparsity=0.5, progress=False, micro_batch=2)
+    assert all("forward" not in vars(m) and not m._forward_pre_hooks for m in model.modules())
+    assert model.language_model.config.use_cache
+
+
+class PackedTower(nn.Module):
+    "Images of different size in one long row: the first axis counts patches, as in Qwen's vision tower."
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(self, patches): return self.blocks[1](self.blocks[0](patches))
+
+
+class PackedModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tower, self.layers = PackedTower(), nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
+
+    def forward(self, input_ids, patches):
+        h = self.tower(patches).mean(0) + nn.functional.one_hot(input_ids, 4).float()
+        for layer in self.layers: h = layer(h)
+        return h
+
+
+def test_a_tower_without_rows_is_given_everything_at_once():
+    from ressa.prune import prune_layers
+    batch = {"input_ids": torch.randint(0, 4, (6, 3)), "patches": torch.randn(17, 4)}
+    whole, cut = PackedModel(), PackedModel()
+    cut.load_state_dict(whole.state_dict())
+    for model, options in ((whole, {}), (cut, dict(micro_batch=2))):
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        report = prune_layers(model, batch, layers, dict.fromkeys(layers, 0.5), progress=False, **options)
+        assert len(report.layers) == 4
+    for a, b in zip(whole.parameters(), cut.parameters()): assert torch.equal(a, b)

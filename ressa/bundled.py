@@ -6,10 +6,9 @@
 __all__ = ['RGB', 'BUNDLED', 'bundled_config', 'new_bundled', 'signed_distances', 'draw_shapes', 'pretrain_vision', 'mirror',
            'train_answers', 'train_bundled', 'load_bundled', 'check_guessing_loss']
 
-# %% ../nbs/02_bundled.ipynb #c69d2bab
+# %% ../nbs/02_bundled.ipynb #f4134f96
 import json
 import math
-import time
 from pathlib import Path
 import torch
 import ressa
@@ -188,7 +187,7 @@ def _step_one(vision, folder, steps, seed):
         save_model(vision, str(weights))
     return json.loads(log.read_text())
 
-# %% ../nbs/02_bundled.ipynb #24ce5bf1
+# %% ../nbs/02_bundled.ipynb #ef76ee54
 def train_bundled(
     folder: str | Path,  # where model, processor and log are written
     work: str | Path,  # where checkpoints are kept while it runs
@@ -197,14 +196,13 @@ def train_bundled(
     device: str = "auto",  # where it is trained
     seed: int = 0,  # of the first weights, the pictures and the order of the rows
 ) -> dict:  # the log
-    "Train the bundled model from nothing; the log says in how many minutes."
-    start, (model, processor) = time.perf_counter(), new_bundled(seed)
+    "Train the bundled model from nothing, or go on from what `work` holds."
+    model, processor = new_bundled(seed)
     model.to(pick_device(device))
     log = dict(seed=seed, device=str(model.device), vision_steps=vision_steps, steps=steps,
                command=f"train_bundled(..., {vision_steps=}, {steps=}, {seed=})")
     log["vision"] = _step_one(model.vision_model, Path(work), vision_steps, seed)
     log["answers"] = train_answers(model, processor, Path(work) / "answers", steps, seed=seed)
-    log["minutes"] = round((time.perf_counter() - start) / 60, 1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return log

@@ -7,7 +7,7 @@ __all__ = ['COMMON', 'LIMIT', 'REPAIR', 'PRUNING', 'EXAMPLES', 'COMMANDS', 'writ
            'Steps', 'measure', 'part_sparsity', 'peak_memory_mb', 'settings_of', 'walk', 'run_repair', 'run_evaluate',
            'run_prune', 'parse', 'main', 'check_is_worse']
 
-# %% ../nbs/41_cli.ipynb #2f00b932
+# %% ../nbs/41_cli.ipynb #638712d1
 import argparse
 import json
 import os
@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from . import __version__
 from .bundled import BUNDLED
 from .data import calibration_batch, load_easy_vqa, pick_device
 from .evaluation import blind, evaluate
@@ -217,13 +218,14 @@ def _pruned(args, device, calibration):
     model, _ = load_model(args.model, device)
     return model, prune(model, calibration, args.method, progress=False, **_target(args))
 
-# %% ../nbs/41_cli.ipynb #c4026cad
+# %% ../nbs/41_cli.ipynb #4269d361
 def settings_of(
     args: argparse.Namespace,  # a read command line
 ) -> dict:
     "The options that decide a run's result, as they are stored in `run.json`."
     left_out = ("out", "run", "command")
-    return {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
+    options = {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
+    return options | {"version": __version__}
 
 # %% ../nbs/41_cli.ipynb #0c1d4a9b
 def _trained(args, steps, row, model, dense, rows, processor):

@@ -53,6 +53,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                            'ressa.cli.write_json': ('cli.html#write_json', 'ressa/cli.py')},
             'ressa.data': { 'ressa.data._answer_ids': ('data.html#_answer_ids', 'ressa/data.py'),
                             'ressa.data._append': ('data.html#_append', 'ressa/data.py'),
+                            'ressa.data._pad_right': ('data.html#_pad_right', 'ressa/data.py'),
                             'ressa.data._rows': ('data.html#_rows', 'ressa/data.py'),
                             'ressa.data.calibration_batch': ('data.html#calibration_batch', 'ressa/data.py'),
                             'ressa.data.check_count_labels': ('data.html#check_count_labels', 'ressa/data.py'),

@@ -79,10 +79,9 @@ def load_easy_vqa(
         if value not in known: raise ValueError(f"{name} must be one of {known}, not {value!r}")
     return Dataset.from_list(list(_rows(split, task))).cast_column("image", Image(mode="RGB"))
 
-# %% ../nbs/01_data.ipynb #e42bca9c
+# %% ../nbs/01_data.ipynb #2da550a7
 def word_tokenizer(
     texts,  # all texts whose words shall be known
-    padding_side: str = "left",  # shorter texts of a batch are filled up there
 ):  # → a `PreTrainedTokenizerFast` with <pad>, <bos>, <eos>, <unk> and <image>
     "A tokenizer that knows the words of `texts`, one token a word, in lower case."
     from transformers import PreTrainedTokenizerFast
@@ -96,10 +95,9 @@ def word_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=begin)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        unk_token="<unk>", padding_side=padding_side,
-        model_input_names=["input_ids", "attention_mask"])
+        unk_token="<unk>", padding_side="left", model_input_names=["input_ids", "attention_mask"])
 
-# %% ../nbs/01_data.ipynb #60ae8f69
+# %% ../nbs/01_data.ipynb #ab4053ea
 def easy_vqa_processor(
     image_size: int = 64,  # pixels along one side
     num_query_tokens: int = 8,  # how many <image> tokens stand before a prompt
@@ -111,7 +109,7 @@ def easy_vqa_processor(
     texts = [QUESTION_PROMPT, CAPTION_PROMPT, CAPTION, *asked]
     images = BlipImageProcessorPil(size={"height": image_size, "width": image_size},
                                    image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return InstructBlipProcessor(images, word_tokenizer(texts), word_tokenizer(texts, "right"),
+    return InstructBlipProcessor(images, word_tokenizer(texts), word_tokenizer(texts),
                                  num_query_tokens=num_query_tokens)
 
 # %% ../nbs/01_data.ipynb #5fe5ff01
@@ -137,7 +135,14 @@ def _append(batch, answers, pad):
     out["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
     return out
 
-# %% ../nbs/01_data.ipynb #aabbf32c
+# %% ../nbs/01_data.ipynb #ebb9f0af
+def _pad_right(batch, ids, mask):
+    "Move the real tokens of each row to the front, where the batch has such inputs."
+    if ids not in batch: return batch
+    order = batch[mask].argsort(dim=1, descending=True, stable=True)
+    return batch | {name: batch[name].gather(1, order) for name in (ids, mask)}
+
+# %% ../nbs/01_data.ipynb #7d98abe4
 def collate(
     rows,  # a list of rows with `image`, `prompt` and, if `answers`, `answer`
     processor,  # the processor of the model
@@ -147,7 +152,8 @@ def collate(
     if not len(rows): raise ValueError("no rows to collate: the data set or the selection is empty")
     batch = processor(images=[row["image"] for row in rows], text=[row["prompt"] for row in rows],
                       padding=True, return_tensors="pt")
-    if not answers: return dict(batch)
+    batch = _pad_right(dict(batch), "qformer_input_ids", "qformer_attention_mask")
+    if not answers: return batch
     answer_ids = _answer_ids([row["answer"] for row in rows], processor.tokenizer)
     return _append(batch, answer_ids, processor.tokenizer.pad_token_id)
 

@@ -6,17 +6,21 @@
 __all__ = ['parse_pattern', 'check_target', 'select', 'apply_mask', 'sparsity_of', 'has_pattern', 'check_select_columns',
            'check_patterns']
 
-# %% ../nbs/10_masks.ipynb #316318ba
+# %% ../nbs/10_masks.ipynb #28332084
 import re
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-# %% ../nbs/10_masks.ipynb #6ee57f01
+# %% ../nbs/10_masks.ipynb #3ce09626
 def _threshold(score, k):
     "The k-th lowest score of each row (rows, 1)."
     if score.shape[1] <= 16: return score.sort(dim=1).values[:, k - 1:k]  # many small groups
     if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(np.partition(score.detach().numpy(), k - 1)[:, k - 1:k])
+        parts = np.array_split(score.detach().numpy(), torch.get_num_threads())
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda rows: np.partition(rows, k - 1)[:, k - 1:k], parts)
+        return torch.from_numpy(np.concatenate(list(found)))
     return score.kthvalue(k, dim=1, keepdim=True).values
 
 # %% ../nbs/10_masks.ipynb #69c29e6c
@@ -87,12 +91,12 @@ def apply_mask(
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return (weight.detach().view(bits) * mask).view(weight.dtype)
 
-# %% ../nbs/10_masks.ipynb #b1fb65c4
+# %% ../nbs/10_masks.ipynb #33371af7
 def sparsity_of(
     weight: torch.Tensor,  # any shape
 ) -> float:  # fraction in [0, 1]
     "The measured fraction of zeros."
-    return (weight == 0).float().mean().item()
+    return torch.count_nonzero(weight == 0).item() / max(weight.numel(), 1)
 
 # %% ../nbs/10_masks.ipynb #8c6e69b2
 def has_pattern(

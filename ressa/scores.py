@@ -18,10 +18,10 @@ def _combine(a, b):
     spread = a.spread + (b.spread + step.square() * (a.n * b.n / n))
     return a.mean + step * (b.n / n), spread
 
-# %% ../nbs/11_scores.ipynb #08a1c3e4
+# %% ../nbs/11_scores.ipynb #f069d62f
 def _square_sum(x):
     "Sum of squares of each column of x (tokens, in), in float32."
-    pieces = x.split(128) if x.device.type == "cpu" else (x,)  # 128 rows stay in a CPU's cache
+    pieces = x.split(1024) if x.device.type == "cpu" else (x,)  # small enough for a CPU's caches
     return sum(piece.float().square().sum(0) for piece in pieces)
 
 @dataclass
@@ -89,7 +89,7 @@ def magnitude(
     "Prune the smallest |W| of each row. Raises `ValueError` for an impossible target."
     return apply_mask(weight, select(weight.abs(), sparsity, pattern))
 
-# %% ../nbs/11_scores.ipynb #0ee44043
+# %% ../nbs/11_scores.ipynb #e08788f5
 def wanda(
     weight: torch.Tensor,  # (out, in)
     stats: Statistics,  # of the layer's inputs
@@ -99,7 +99,8 @@ def wanda(
     group: str = "row",  # compare within each "row", or over the whole "layer"
 ) -> torch.Tensor:  # pruned, a new tensor
     "Prune the smallest |W|·‖X‖₂ of each row (Sun et al., arXiv 2306.11695). Raises `ValueError`."
-    return apply_mask(weight, select(weight.abs().float() * stats.norm, sparsity, pattern, group))
+    score = weight.abs().float().mul_(stats.norm)
+    return apply_mask(weight, select(score, sparsity, pattern, group))
 
 # %% ../nbs/11_scores.ipynb #01fef5b4
 def ria(

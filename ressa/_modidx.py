@@ -175,6 +175,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                               'ressa.repair._adapted': ('repair.html#_adapted', 'ressa/repair.py'),
                               'ressa.repair.check_put_back': ('repair.html#check_put_back', 'ressa/repair.py'),
                               'ressa.repair.check_share_won': ('repair.html#check_share_won', 'ressa/repair.py'),
+                              'ressa.repair.last_whole_checkpoint': ('repair.html#last_whole_checkpoint', 'ressa/repair.py'),
                               'ressa.repair.remask': ('repair.html#remask', 'ressa/repair.py'),
                               'ressa.repair.repair': ('repair.html#repair', 'ressa/repair.py'),
                               'ressa.repair.zero_masks': ('repair.html#zero_masks', 'ressa/repair.py'),

@@ -119,6 +119,18 @@ def test_repair_returns_a_plain_model_with_every_zero(patient, tmp_path, adapter
     assert zeros_filled(masks, repaired) == 0
 
 
+def test_a_half_written_checkpoint_is_not_taken(patient, tmp_path):
+    import copy
+    model, dense, processor, train = patient
+    small = dict(steps=4, batch_size=4, save_steps=2, save_total_limit=2, disable_tqdm=True, r=2)
+    whole, _ = repair(copy.deepcopy(model), dense, train, processor, tmp_path, **small)
+    for broken in ("", "{\"glo"):
+        (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(broken)
+        (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+        again, _ = repair(copy.deepcopy(model), dense, train, processor, tmp_path, **small)
+        for a, b in zip(whole.parameters(), again.parameters()): assert torch.equal(a, b)
+
+
 def test_remask_restores_zeros_and_nothing_else(patient):
     model, masks = patient[0], zero_masks(patient[0])
     name, mask = next(iter(masks.items()))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RGB', 'BUNDLED', 'bundled_config', 'new_bundled', 'signed_distances', 'draw_shapes', 'pretrain_vision', 'mirror',
-           'train_answers', 'train_bundled', 'load_bundled', 'check_guessing_loss']
+           'training_rows', 'train_answers', 'train_bundled', 'load_bundled', 'check_guessing_loss']
 
 # %% ../nbs/02_bundled.ipynb #f4134f96
 import json
@@ -136,9 +136,9 @@ def mirror(
     flip = torch.rand(len(pixels), 1, 1, 1) < share
     return batch | {"pixel_values": torch.where(flip, pixels.flip(-1), pixels)}
 
-# %% ../nbs/02_bundled.ipynb #61d70079
-def _training_rows():
-    "easy-VQA's training questions once and its captions twice."
+# %% ../nbs/02_bundled.ipynb #19ae606a
+def training_rows():  # → a `datasets.Dataset`
+    "easy-VQA's training questions once and its captions twice: what the bundled model learns."
     from datasets import concatenate_datasets
     captions = load_easy_vqa("train", task="caption")
     return concatenate_datasets([load_easy_vqa("train"), captions, captions])
@@ -150,7 +150,7 @@ def _seeing_and_rest(model):
     return [{"params": [p for p in model.parameters() if (id(p) in vision) == seeing]}
             for seeing in (True, False)]
 
-# %% ../nbs/02_bundled.ipynb #bb7a794f
+# %% ../nbs/02_bundled.ipynb #a641bb9f
 def train_answers(
     model: nn.Module,  # the whole model, trained in place
     processor,  # its processor
@@ -167,7 +167,7 @@ def train_answers(
         folder, max_steps=steps, per_device_train_batch_size=batch_size, seed=seed,
         logging_steps=100, save_steps=500, save_total_limit=1, report_to=[],
         remove_unused_columns=False, max_grad_norm=1.0)
-    trainer = Trainer(model, args, train_dataset=_training_rows(),
+    trainer = Trainer(model, args, train_dataset=training_rows(),
                       data_collator=lambda rows: mirror(collate(rows, processor)),
                       optimizers=_one_cycle(_seeing_and_rest(model), list(lr), steps))
     last = get_last_checkpoint(folder) if Path(folder).is_dir() else None

@@ -7,7 +7,7 @@ __all__ = ['COMMON', 'LIMIT', 'REPAIR', 'PRUNING', 'EXAMPLES', 'COMMANDS', 'writ
            'Steps', 'measure', 'part_sparsity', 'peak_memory_mb', 'settings_of', 'walk', 'run_repair', 'run_evaluate',
            'run_prune', 'parse', 'main', 'check_is_worse']
 
-# %% ../nbs/41_cli.ipynb #638712d1
+# %% ../nbs/41_cli.ipynb #ca443748
 import argparse
 import json
 import os
@@ -17,7 +17,7 @@ import time
 import warnings
 from pathlib import Path
 from . import __version__
-from .bundled import BUNDLED
+from .bundled import BUNDLED, training_rows
 from .data import calibration_batch, load_easy_vqa, pick_device
 from .evaluation import blind, evaluate
 from .modality import modality_map
@@ -205,13 +205,6 @@ def _tests(args):
     if not args.limit: return tests
     return [t.shuffle(seed=0).select(range(min(args.limit, len(t)))) for t in tests]
 
-# %% ../nbs/41_cli.ipynb #610f5d50
-def _training_rows():
-    "Questions, and the captions twice."
-    from datasets import concatenate_datasets
-    captions = load_easy_vqa("train", task="caption")
-    return concatenate_datasets([load_easy_vqa("train"), captions, captions])
-
 # %% ../nbs/41_cli.ipynb #ff77e2eb
 def _pruned(args, device, calibration):
     "A freshly pruned model and the report of its pruning."
@@ -239,14 +232,14 @@ def _trained(args, steps, row, model, dense, rows, processor):
     steps.done["seconds"][f"{row}_training"] = round(time.perf_counter() - start, 2)
     return model, [line for line in log if "loss" in line]
 
-# %% ../nbs/41_cli.ipynb #d71d3c7b
+# %% ../nbs/41_cli.ipynb #77ed361b
 def walk(
     args: argparse.Namespace,  # the options of `ressa repair`
 ) -> dict:  # what `results.json` holds
     "Evaluate, prune, repair and evaluate again, each step once; writes the model and the results."
     _check(args)
     out, device = Path(args.out), pick_device(args.device)
-    tests, rows = _tests(args), _training_rows()
+    tests, rows = _tests(args), training_rows()
     dense, processor = load_model(args.model, device)
     calibration = calibration_batch(rows, processor, n=args.calibration, seed=args.seed)
     pruned, report = _pruned(args, device, calibration)
@@ -300,13 +293,13 @@ def run_evaluate(args) -> None:
     model, processor = load_model(args.model, pick_device(args.device))
     for data in tests: print(evaluate(model, data, processor), "\n")
 
-# %% ../nbs/41_cli.ipynb #810fd78e
+# %% ../nbs/41_cli.ipynb #2c046264
 def run_prune(args) -> None:
     "Prune a model and save it, with a report of each layer."
     _check(args)
     out, device = Path(args.out), pick_device(args.device)
     _, processor = load_model(args.model, "cpu")
-    calibration = calibration_batch(_training_rows(), processor, args.calibration, args.seed)
+    calibration = calibration_batch(training_rows(), processor, args.calibration, args.seed)
     model, report = _pruned(args, device, calibration)
     if open_out(out, settings_of(args)) is None:
         save_whole(model, processor, out / "model")

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['RGB', 'BUNDLED', 'bundled_config', 'new_bundled', 'signed_distances', 'draw_shapes', 'pretrain_vision', 'mirror',
-           'training_rows', 'train_answers', 'train_bundled', 'load_bundled', 'check_guessing_loss']
+           'training_rows', 'last_whole_checkpoint', 'train_answers', 'train_bundled', 'load_bundled',
+           'check_guessing_loss']
 
-# %% ../nbs/02_bundled.ipynb #f4134f96
+# %% ../nbs/02_bundled.ipynb #50ff6091
 import json
 import math
+import shutil
 from pathlib import Path
 import torch
 import ressa
@@ -150,7 +152,18 @@ def _seeing_and_rest(model):
     return [{"params": [p for p in model.parameters() if (id(p) in vision) == seeing]}
             for seeing in (True, False)]
 
-# %% ../nbs/02_bundled.ipynb #a641bb9f
+# %% ../nbs/02_bundled.ipynb #653323d0
+def last_whole_checkpoint(
+    folder: str | Path,  # where a trainer keeps its checkpoints
+) -> str | None:  # None: begin anew
+    "The newest checkpoint that was written to its end; half-written ones are removed."
+    places = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    for place in reversed(places):
+        try: json.loads((place / "trainer_state.json").read_text())
+        except (OSError, ValueError): shutil.rmtree(place)
+        else: return str(place)
+
+# %% ../nbs/02_bundled.ipynb #08d7aad4
 def train_answers(
     model: nn.Module,  # the whole model, trained in place
     processor,  # its processor
@@ -162,7 +175,6 @@ def train_answers(
 ) -> list:  # one row per 100 steps: step, loss
     "Teach the whole model to answer easy-VQA's training questions and to caption its images."
     from transformers import Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
     args = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=batch_size, seed=seed,
         logging_steps=100, save_steps=500, save_total_limit=1, report_to=[],
@@ -170,8 +182,7 @@ def train_answers(
     trainer = Trainer(model, args, train_dataset=training_rows(),
                       data_collator=lambda rows: mirror(collate(rows, processor)),
                       optimizers=_one_cycle(_seeing_and_rest(model), list(lr), steps))
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     return [dict(step=row["step"], loss=round(float(row["loss"]), 4))
             for row in trainer.state.log_history if "loss" in row]
 

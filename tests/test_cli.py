@@ -52,7 +52,6 @@ def test_nothing_is_left_over(finished):
 
 
 def test_called_again_it_shows_the_same(finished):
-    start = time.perf_counter()
     again = ressa("repair", "--out", finished[0], *QUICK)
     assert again.returncode == 0 and again.stdout == finished[1]
 

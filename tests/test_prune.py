@@ -1,6 +1,5 @@
 """Pruning in flight, against slow and plain ways to the same result."""
 import copy
-import warnings
 
 import pytest
 import torch

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from ressa.data import calibration_batch
-from ressa.modality import modality_map
 from ressa.prune import prune
 from ressa.repair import zero_masks, zeros_filled
 from ressa.scores import magnitude

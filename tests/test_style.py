@@ -5,7 +5,7 @@ import statistics
 
 import nbformat
 import pytest
-from notebooks import NBS, PATHS, flags
+from notebooks import PATHS, flags
 
 LESSONS = [path for path in PATHS if re.match(r"[0-5]\d_", path.name)]
 PARTS_1_TO_3 = [path for path in LESSONS if path.name[0] in "123"]

@@ -16,7 +16,6 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from ressa.passes import blocks_of
 from ressa.prune import prune_layers
 from ressa.scores import Statistics
 from ressa.sparsegpt import inverse_factor
@@ -57,7 +56,7 @@ def usual_sparsegpt(weight, inputs, sparsity, blocksize=128):
         n += 1
         x = (2 / n) ** 0.5 * x
         H += x @ x.T
-    W, losses = weight.clone(), None
+    W = weight.clone()
     dead = H.diagonal() == 0
     H[dead, dead] = 1
     W[:, dead] = 0

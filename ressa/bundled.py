@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RGB', 'BUNDLED', 'bundled_config', 'new_bundled', 'signed_distances', 'draw_shapes', 'pretrain_vision', 'mirror',
-           'training_rows', 'last_whole_checkpoint', 'train_answers', 'train_bundled', 'load_bundled',
+           'last_whole_checkpoint', 'training_rows', 'train_answers', 'train_bundled', 'load_bundled',
            'check_guessing_loss']
 
 # %% ../nbs/02_bundled.ipynb #50ff6091
@@ -138,6 +138,17 @@ def mirror(
     flip = torch.rand(len(pixels), 1, 1, 1) < share
     return batch | {"pixel_values": torch.where(flip, pixels.flip(-1), pixels)}
 
+# %% ../nbs/02_bundled.ipynb #653323d0
+def last_whole_checkpoint(
+    folder: str | Path,  # where a trainer keeps its checkpoints
+) -> str | None:  # None: begin anew
+    "The newest checkpoint that was written to its end; half-written ones are removed."
+    places = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    for place in reversed(places):
+        try: json.loads((place / "trainer_state.json").read_text())
+        except (OSError, ValueError): shutil.rmtree(place)
+        else: return str(place)
+
 # %% ../nbs/02_bundled.ipynb #19ae606a
 def training_rows():  # → a `datasets.Dataset`
     "easy-VQA's training questions once and its captions twice: what the bundled model learns."
@@ -151,17 +162,6 @@ def _seeing_and_rest(model):
     vision = {id(p) for p in model.vision_model.parameters()}
     return [{"params": [p for p in model.parameters() if (id(p) in vision) == seeing]}
             for seeing in (True, False)]
-
-# %% ../nbs/02_bundled.ipynb #653323d0
-def last_whole_checkpoint(
-    folder: str | Path,  # where a trainer keeps its checkpoints
-) -> str | None:  # None: begin anew
-    "The newest checkpoint that was written to its end; half-written ones are removed."
-    places = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for place in reversed(places):
-        try: json.loads((place / "trainer_state.json").read_text())
-        except (OSError, ValueError): shutil.rmtree(place)
-        else: return str(place)
 
 # %% ../nbs/02_bundled.ipynb #08d7aad4
 def train_answers(

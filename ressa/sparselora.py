@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['masked_weight', 'sparse_lora_linear', 'SparseLoraLinear', 'SparseLoraConfig', 'peft_targets', 'SparseLoraModel',
-           'check_sparse_lora_weight', 'check_grad_B']
+           'check_sparse_lora_weight', 'check_grad_B', 'check_stacked']
 
-# %% ../nbs/30_sparselora.ipynb #0c0c4483
+# %% ../nbs/30_sparselora.ipynb #8ff45f89
+import functools, warnings
 from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig, LoraModel
@@ -17,73 +18,106 @@ from torch import nn
 from torch.nn import functional as F
 from .modality import PARTS, modality_map, per_layer
 
-# %% ../nbs/30_sparselora.ipynb #8a50ac84
+# %% ../nbs/30_sparselora.ipynb #c9a939ba
 def masked_weight(
     weight: torch.Tensor,  # (out, in) pruned
     A: torch.Tensor,  # (r, in)
     B: torch.Tensor,  # (out, r), with the scale s multiplied in
 ) -> torch.Tensor:  # (out, in), zero wherever `weight` is zero
     "W + (BA)⊙[W≠0], in the precision of the wider of the two."
-    update = torch.where(weight != 0, B @ A, torch.zeros((), dtype=B.dtype, device=B.device))
-    return weight + update
+    return weight + torch.where(weight != 0, B @ A, 0)
 
-# %% ../nbs/30_sparselora.ipynb #d6485354
-def _compute_dtype(x):
-    "What matrix products on `x` are done in: autocast's dtype where it is on, else that of `x`."
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+# %% ../nbs/30_sparselora.ipynb #6d766903
+_hard_shrink_grad = torch.ops.aten.hardshrink_backward.grad_input
 
-# %% ../nbs/30_sparselora.ipynb #4a03c9c5
+def _masked_(update, weight):
+    "update ⊙ [weight≠0], in place where it can be."
+    known = (weight.is_cpu or weight.is_cuda) and not torch.compiler.is_compiling()
+    if not known: return torch.where(weight != 0, update, 0)
+    return _hard_shrink_grad(update, weight, 0.0, grad_input=update)
+
+_fuse_on = {"cuda"}  # kinds of device where torch.compile makes one kernel of mask and sum
+
+@functools.cache
+def _fused(): return torch.compile(masked_weight, dynamic=True)
+
+def _rebuilt(weight, A, B):
+    "`masked_weight`, as quick as the device allows; not differentiable."
+    if weight.device.type in _fuse_on and not torch.compiler.is_compiling():
+        try: return _fused()(weight, A, B)
+        except Exception as error:
+            _fuse_on.discard(weight.device.type)
+            warnings.warn(f"SparseLoRA goes on without torch.compile: {error}")
+    update = B @ A
+    if update.dtype != weight.dtype:
+        update = update.to(torch.promote_types(update.dtype, weight.dtype))
+    return _masked_(update, weight).add_(weight)
+
+# %% ../nbs/30_sparselora.ipynb #59e08fdf
+def _without_autocast(kind, function, *args):
+    "`function(*args)` in the precision of its arguments."
+    if not torch.is_autocast_enabled(kind): return function(*args)
+    with torch.autocast(kind, enabled=False): return function(*args)
+
+def _product(x, weight, bias, A, B):
+    if bias is not None: bias = bias.to(x.dtype)
+    return F.linear(x, _rebuilt(weight, A, B).to(x.dtype), bias)
+
+def _gradients(dy, x, weight, A, B, scale, needed):
+    flat, scaled = dy.reshape(-1, len(B)), B * scale
+    dx = dA = dB = db = None
+    if needed[0]: dx = dy @ _rebuilt(weight, A, scaled).to(dy.dtype)
+    if needed[2]: db = flat.sum(0)
+    if needed[3] or needed[4]:
+        G = _masked_((flat.T @ x.reshape(-1, A.shape[1])).to(A.dtype), weight)
+        dA, dB = scaled.T @ G, (G @ A.T).mul_(scale)
+    return dx, None, db, dA, dB, None
+
+# %% ../nbs/30_sparselora.ipynb #f4df2a85
 class _SparseLora(torch.autograd.Function):
-    "Y = X(W + (BA)⊙[W≠0])ᵀ + b, exact in all gradients, W' rebuilt in backward."
+    "Y = X(W + s·(BA)⊙[W≠0])ᵀ + b, exact in all gradients, W' rebuilt in backward."
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B):
+    def forward(ctx, x, weight, bias, A, B, scale):
         ctx.save_for_backward(x, weight, A, B)
-        bias = None if bias is None else bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, masked_weight(weight, A, B).to(x.dtype), bias)
+        ctx.scale = scale
+        return _without_autocast(x.device.type, _product, x, weight, bias, A, B * scale)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, A, B = ctx.saved_tensors
-        dx = dA = dB = db = None
-        if ctx.needs_input_grad[0]: dx = dy @ masked_weight(weight, A, B).to(dy.dtype)
-        flat = dy.reshape(-1, dy.shape[-1])
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            G = (flat.T @ x.reshape(-1, x.shape[-1])).to(A.dtype)
-            G = torch.where(weight != 0, G, torch.zeros((), dtype=G.dtype, device=G.device))
-            dA, dB = B.T @ G, G @ A.T
-        if ctx.needs_input_grad[2]: db = flat.sum(0)
-        return dx, None, db, dA, dB
+        return _without_autocast(dy.device.type, _gradients, dy, *ctx.saved_tensors, ctx.scale,
+                                 ctx.needs_input_grad)
 
-# %% ../nbs/30_sparselora.ipynb #f4f26a82
+# %% ../nbs/30_sparselora.ipynb #afbb6284
 def sparse_lora_linear(
     x: torch.Tensor,  # (…, in)
     weight: torch.Tensor,  # (out, in) pruned, frozen
     bias: torch.Tensor | None,  # (out,)
     A: torch.Tensor,  # (r, in)
     B: torch.Tensor,  # (out, r)
-    scale: float = 1.0,  # s = α/r
+    scale: float | torch.Tensor = 1.0,  # s = α/r, or (r,): one for each rank; gets no gradient
 ) -> torch.Tensor:  # (…, out)
     "A linear layer with a masked update: x(W + s·(BA)⊙[W≠0])ᵀ + b (RESSA, arXiv 2404.02424)."
-    return _SparseLora.apply(x.to(_compute_dtype(x)), weight, bias, A, B * scale)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind): x = x.to(torch.get_autocast_dtype(kind))
+    return _SparseLora.apply(x, weight, bias, A, B, scale)
 
-# %% ../nbs/30_sparselora.ipynb #e52f650e
+# %% ../nbs/30_sparselora.ipynb #b8fe8655
 class SparseLoraLinear(LoraLinear):
     "A PEFT LoRA layer whose update is masked by the zeros of its base weight."
 
+    def _scale(self, name):
+        "s of one adapter; while it trains with dropout, s/(1-p) or 0 for each of its ranks."
+        s, p = self.scaling[name], getattr(self.lora_dropout[name], "p", 0.0)
+        if not (p and self.training): return s
+        return F.dropout(self.lora_B[name].weight.new_full((self.r[name],), s), p)
+
     def _stacked(self):
-        "A (R, in) and scaled B (out, R) of all active adapters, stacked along the rank."
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if not names: return None
-        scaled = []
-        for name in names:
-            B = self.lora_B[name].weight * self.scaling[name]
-            p = getattr(self.lora_dropout[name], "p", 0.0)
-            scaled.append(B * F.dropout(torch.ones_like(B[0]), p, self.training) if p else B)
-        if len(names) == 1: return self.lora_A[names[0]].weight, scaled[0]
-        return torch.cat([self.lora_A[name].weight for name in names]), torch.cat(scaled, 1)
+        "A (R, in), B (out, R) and scale of all active adapters, stacked along the rank."
+        parts = [(self.lora_A[name].weight, self.lora_B[name].weight, self._scale(name))
+                 for name in self.active_adapters if name in self.lora_A]
+        if len(parts) < 2: return parts[0] if parts else None
+        return torch.cat([A for A, _, _ in parts]), torch.cat([B * s for _, B, s in parts], 1), 1.0
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if kwargs.get("adapter_names") is not None:
@@ -97,8 +131,7 @@ class SparseLoraLinear(LoraLinear):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         "s·(BA)⊙[W≠0] of one adapter, (out, in): what merging adds."
         delta, weight = super().get_delta_weight(adapter), self.get_base_layer().weight
-        zero = torch.zeros((), dtype=delta.dtype, device=delta.device)
-        return torch.where(weight != 0, delta, zero)
+        return torch.where(weight != 0, delta, 0)
 
 # %% ../nbs/30_sparselora.ipynb #4acd57e0
 @dataclass
@@ -132,7 +165,7 @@ def peft_targets(
                 rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
                 alpha_pattern={f"^{name}": alphas[name] for name in ranks})
 
-# %% ../nbs/30_sparselora.ipynb #b107a046
+# %% ../nbs/30_sparselora.ipynb #3b32245f
 class SparseLoraModel(LoraModel):
     "PEFT's LoRA model with `SparseLoraLinear` layers and ranks by part."
 
@@ -144,8 +177,9 @@ class SparseLoraModel(LoraModel):
 
     @staticmethod
     def _create_new_module(config, adapter_name, target, *, r, lora_alpha, **kwargs):
-        if not isinstance(target, nn.Linear):
-            raise ValueError(f"SparseLoRA adapts nn.Linear layers, not {type(target).__name__}")
+        if not isinstance(target, nn.Linear) or not target.weight.is_floating_point():
+            kind = type(target).__name__
+            raise ValueError(f"SparseLoRA adapts nn.Linear layers of floats, not this {kind}")
         return SparseLoraLinear(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
 
 # %% ../nbs/30_sparselora.ipynb #1967760c
@@ -182,3 +216,18 @@ def check_grad_B(
     assert not torch.allclose(got, plain, atol=1e-4), "the mask is missing: this is plain LoRA"
     assert not torch.allclose(2 * got, want, atol=1e-4), "the scale is missing"
     assert torch.allclose(got, want, atol=1e-4), "wrong: G = dyᵀx, masked, times Aᵀ and the scale"
+
+# %% ../nbs/30_sparselora.ipynb #382b2502
+def check_stacked(
+    stacked,  # your function of a list of (A, B, scale)
+) -> None:
+    "Check exercise 3 on two random adapters, of ranks 1 and 2."
+    adapters = [(torch.randn(r, 6), torch.randn(4, r), s) for r, s in ((1, 2.0), (2, 3.0))]
+    A, B = stacked(adapters)
+    for name, got, want in (("A", A, (3, 6)), ("B", B, (4, 3))):
+        assert got.shape == want, f"{name} has shape {tuple(got.shape)}, want {want}"
+    def is_sum(power):
+        return torch.allclose(B @ A, sum(s ** power * b @ a for a, b, s in adapters), atol=1e-4)
+    assert not is_sum(0), "the scales are missing"
+    assert not is_sum(2), "the scales are in A and in B: once is enough"
+    assert is_sum(1), "row k of A and column k of B must be of one adapter, with its own scale"

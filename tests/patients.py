@@ -7,7 +7,7 @@ import torch
 from ressa.bundled import load_bundled
 from ressa.data import calibration_batch, load_easy_vqa
 from ressa.prune import prune
-from ressa.repair import adapt, repair
+from ressa.repair import repair
 
 torch.set_num_threads(1)  # sums are taken in one order
 

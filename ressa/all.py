@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/90_all.ipynb #9dec4e3d
+# %% ../nbs/90_all.ipynb #40aacdc7
 from peft import get_peft_model
+from .allocation import *
+from .budgets import *
 from .bundled import *
 from .data import *
 from .distillation import *

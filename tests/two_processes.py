@@ -1,10 +1,11 @@
-"""A small repair that may run on several processes: `accelerate launch two_processes.py FOLDER BATCH_SIZE`."""
+"""A small repair that may run on several processes: `torchrun two_processes.py FOLDER BATCH_SIZE`."""
+import json
 import sys
 from pathlib import Path
 
-import torch
 from patients import long_answers, patient_and_dense
 from peft import get_peft_model
+from safetensors.torch import save_file
 from transformers import set_seed
 
 from ressa.repair import RessaArguments, RessaTrainer, zero_masks, zeros_filled
@@ -24,11 +25,12 @@ def main(folder, batch_size):
     trainer.train()
     if trainer.accelerator.is_main_process:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        found = dict(weights={name: p.detach() for name, p in trained.items()}, start=start,
-                     processes=trainer.accelerator.num_processes,
+        save_file({name: p.detach().clone() for name, p in trained.items()}, Path(folder) / "weights.safetensors")
+        save_file(start, Path(folder) / "start.safetensors")
+        found = dict(processes=trainer.accelerator.num_processes,
                      log=[row for row in trainer.state.log_history if "loss" in row],
                      zeros_filled=zeros_filled(masks, student.merge_and_unload()))
-        torch.save(found, Path(folder) / "weights.pt")
+        (Path(folder) / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

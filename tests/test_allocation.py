@@ -209,3 +209,26 @@ def test_sensitivity_leaves_the_model_dense(ready):
     losses = sensitivity(Trials(model, batch), names, levels=(0.0, 0.5, 0.9))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(row[0] == pytest.approx(loss_of(model, batch), abs=1e-7) and row[2] > row[0] for row in losses.values())
+
+
+def test_explorer_draws_when_a_slider_moves(ready, monkeypatch):
+    import matplotlib.pyplot as plt
+    import ressa.where as where
+    drawn = []
+    monkeypatch.setattr(where, "draw", lambda state, *_: drawn.append(state))
+    monkeypatch.setattr(plt, "show", lambda: None)
+    box = where.explorer(dict(grid=[0, 0.9], accuracy=[[1, 0], [1, 0]]), Trials(*ready))
+    box.children[0].value, box.children[2].value = 0.8, box.children[2].options[-1]
+    assert drawn[-1] == dict(vision=0.8, language=0.5, layer=box.children[2].options[-1])
+
+
+def test_explorer_picture(ready):
+    import matplotlib.pyplot as plt
+    from ressa.where import draw
+    surface, trials = dict(grid=[0, 0.5, 0.9], accuracy=[[1, 0.9, 0.3]] * 3), Trials(*ready)
+    for part, layers in modality_map(ready[0]).linears.items():
+        state = dict(vision=0.75, language=0.5, layer=list(layers)[0])
+        left, right, *_ = draw(state, surface, trials).axes
+        assert left.get_title().startswith("135,168 of 344,064")
+        assert right.get_title().endswith({"vision": "75% gone", "interface": "0% gone", "language": "50% gone"}[part])
+    plt.close("all")

@@ -84,7 +84,7 @@ def rows_of(
         data = data.remove_columns("image").map(lambda _: grey[0])
     return cache_targets(data, dense, processor, CACHE / f"{kind}.arrow".replace(" ", "-"), k=64)
 
-# %% ../nbs/33_ablations.ipynb #a59d92e3
+# %% ../nbs/33_ablations.ipynb #2bd19851
 def chosen_rows(
     kind: str = "true answers",  # as in `rows_of`
     pairs: int | None = None,  # so many rows only, drawn at random
@@ -93,7 +93,7 @@ def chosen_rows(
     task: str | None = None,  # "caption": captions only
     seed: int = 0,  # of what is drawn
     labelled_only: bool = False,  # with `labels`: leave out the rest
-    leave: int = 0,  # keep so many questions away, for `validation_rows`
+    leave: int = 0,  # keep the first so many questions away, to judge by
 ) -> Dataset:
     "The training rows of one run of the study."
     data, generator = rows_of(kind), np.random.default_rng(seed)

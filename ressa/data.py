@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'QUESTION_PROMPT', 'CAPTION_PROMPT', 'CAPTION', 'question_type', 'deduce', 'load_easy_vqa',
            'word_tokenizer', 'easy_vqa_processor', 'collate', 'calibration_batch', 'pick_device', 'to_device',
-           'check_count_labels']
+           'check_count_labels', 'check_commonest_answers', 'check_trained_places']
 
 # %% ../nbs/01_data.ipynb #7a38246a
 import re
@@ -194,16 +194,49 @@ def to_device(
     "The same batch with its tensors on `device`."
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-# %% ../nbs/01_data.ipynb #7bf62ccb
+# %% ../nbs/01_data.ipynb #1677fdcc
 def check_count_labels(
     count_labels,  # your function of a tensor of labels (rows, tokens)
 ) -> None:
     "Check exercise 1 on random labels, token 0 included."
-    labels = torch.randint(0, 5, (3, 6))
-    labels[0, 0], labels[0, 1] = 0, 3
-    hidden = torch.rand(3, 6) < 0.5
-    hidden[0, :2], hidden[1, 0] = False, True
-    labels[hidden] = -100
-    got, want = int(count_labels(labels)), int((~hidden).sum())
-    assert got == want, (
-        f"{labels.tolist()}: got {got}, want {want} (token 0 is a label too; -100 is none)")
+    n = 2 * int(torch.randint(3, 6, ()))  # labels above 0; beside them two zeros and four -100
+    labels = torch.cat([torch.randint(1, 9, (n,)), torch.tensor([0, 0] + [-100] * 4)])
+    labels = labels[torch.randperm(n + 6)].reshape(2, -1)
+    got, want = int(count_labels(labels)), n + 2
+    hints = {n: "token 0 is a label too", n + 6: "-100 is no label", 4: "-100 means no label"}
+    assert got == want, f"{hints.get(got, 'wrong')}: {labels.tolist()}: got {got}, want {want}"
+
+# %% ../nbs/01_data.ipynb #f86931eb
+def check_commonest_answers(
+    commonest_answers,  # your function of two lists: prompts and answers
+) -> None:
+    "Check exercise 2 on two prompts with random answers."
+    n, (a, b, c, d) = int(torch.randint(2, 5, ())), (COLORS[i] for i in torch.randperm(8)[:4])
+    said = {"what is it?": [b] + [a] * (n + 1) + [d], "which color?": [b] + [c] * n + [d]}
+    pairs = [(prompt, answer) for prompt, all_said in said.items() for answer in all_said]
+    got = commonest_answers(*map(list, zip(*pairs)))
+    assert set(got) == set(said), f"the prompts are {sorted(said)}, yours are {sorted(got)}"
+    hints = {a: "that is the commonest answer to all prompts together",
+             b: "that is the first answer, not the commonest",
+             d: "that is the last answer: a dictionary forgets the earlier ones"}
+    for prompt, want in zip(("which color?", "what is it?"), (c, a)):
+        hint, given = hints.get(got[prompt], "wrong"), f"{prompt!r} has the answers {said[prompt]}"
+        assert got[prompt] == want, f"{hint}: {given}: got {got[prompt]!r}, want {want!r}"
+
+# %% ../nbs/01_data.ipynb #b25f08fd
+def check_trained_places(
+    trained_places,  # your function of a tensor of labels (rows, tokens)
+) -> None:
+    "Check exercise 3 on random labels."
+    labels = torch.where(torch.rand(2, 6) < 0.5, torch.randint(0, 9, (2, 6)), -100)
+    labels[0, :4] = torch.tensor([5, -100, 7, 4])
+    here, pad = labels != -100, torch.nn.functional.pad
+    got, want = trained_places(labels), pad(here, (-1, 1))
+    assert got.shape == want.shape, f"the shape is {tuple(got.shape)}, want {tuple(want.shape)}"
+    hints = {"a leak: the output here has read this very token": here,
+             "shifted to the wrong side": pad(here, (1, -1)),
+             "the last place has no next one; do not wrap round": here.roll(-1, 1)}
+    hint = next((hint for hint, wrong in hints.items() if torch.equal(got, wrong)), "wrong")
+    row, place = next(iter((got != want).nonzero().tolist()), (0, 0))
+    given = f"labels {labels[row].tolist()}, place {place}"
+    assert torch.equal(got, want), f"{hint}: {given}: got {bool(got[row, place])}"

@@ -142,7 +142,7 @@ def _pad_right(batch, ids, mask):
     order = batch[mask].argsort(dim=1, descending=True, stable=True)
     return batch | {name: batch[name].gather(1, order) for name in (ids, mask)}
 
-# %% ../nbs/01_data.ipynb #7d98abe4
+# %% ../nbs/01_data.ipynb #90ec3a20
 def collate(
     rows,  # a list of rows with `image`, `prompt` and, if `answers`, `answer`
     processor,  # the processor of the model
@@ -150,7 +150,8 @@ def collate(
 ) -> dict:  # name → tensor, as the model's `forward` or `generate` wants them
     "Turn rows into a batch. Labels are −100 everywhere but on the answers and their end tokens."
     if not len(rows): raise ValueError("no rows to collate: the data set or the selection is empty")
-    batch = processor(images=[row["image"] for row in rows], text=[row["prompt"] for row in rows],
+    # a list of images per row: every processor takes it, and Idefics3 takes nothing else
+    batch = processor(images=[[row["image"]] for row in rows], text=[row["prompt"] for row in rows],
                       padding=True, return_tensors="pt")
     batch = _pad_right(dict(batch), "qformer_input_ids", "qformer_attention_mask")
     if not answers: return batch

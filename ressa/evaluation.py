@@ -66,14 +66,15 @@ def interval(
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../nbs/03_evaluation.ipynb #8266e028
+# %% ../nbs/03_evaluation.ipynb #26dedcd9
 def cider(
     predictions: list[str],  # the model's captions
-    references: list[str],  # one reference per prediction
+    references: list,  # per prediction one reference, or a list of them
 ) -> np.ndarray:  # (n,) scores, 0 to 10
     "CIDEr-D of each caption (Vedantam et al., arXiv 1411.5726), by pycocoevalcap."
     from pycocoevalcap.cider.cider import Cider
-    _, scores = Cider().compute_score({i: [r] for i, r in enumerate(references)},
+    many = [[r] if isinstance(r, str) else list(r) for r in references]
+    _, scores = Cider().compute_score(dict(enumerate(many)),
                                       {i: [p] for i, p in enumerate(predictions)})
     return np.asarray(scores)
 

@@ -1,4 +1,5 @@
 """Run notebooks. `python tests/notebooks.py [--slow] [NAME ...]` runs them in place and keeps their outputs."""
+import json
 import re
 import sys
 from pathlib import Path
@@ -34,8 +35,36 @@ def run(path, skip=("gpu", "slow")):
         cell.execution_count = None
         for output in cell.outputs:
             if "execution_count" in output: output.execution_count = None
-    notebook.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    notebook.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}
+                         } | shown_widgets(notebook)
     return notebook
+
+
+VIEW, STATE = ("application/vnd.jupyter.widget-" + kind for kind in ("view+json", "state+json"))
+
+
+def widget_views(notebook):
+    "What the cells show as widgets: [{'model_id': …}]."
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output.data[VIEW] for output in outputs if VIEW in output.get("data", {})]
+
+
+def shown_widgets(notebook):
+    "The state of all widgets that are shown, for the metadata; numbered as they appear, so that a rerun gives the same."
+    stored = notebook.metadata.get("widgets", {}).get(STATE, {})
+    views, models = widget_views(notebook), stored.get("state", {})
+    order = [view["model_id"] for view in views]
+    for name in order:  # grows on the way
+        parts = re.findall(r"IPY_MODEL_(\w+)", json.dumps(models[name]["state"]))
+        order.extend(part for part in dict.fromkeys(parts) if part not in order)
+    if not order: return {}
+    number = {name: f"{i:032x}" for i, name in enumerate(order)}
+    for view in views: view["model_id"] = number[view["model_id"]]
+    text = json.dumps({name: models[name] for name in order})
+    kept = json.loads(re.sub("|".join(order), lambda found: number[found[0]], text))
+    for model in kept.values():
+        model["state"] = {name: value for name, value in model["state"].items() if value is not None}
+    return {"widgets": {STATE: stored | {"state": kept}}}
 
 
 def text_outputs(notebook):

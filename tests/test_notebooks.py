@@ -1,9 +1,10 @@
 """Every notebook runs, and shows what it showed when it was written."""
+import json
 import re
 
 import nbformat
 import pytest
-from notebooks import PATHS, run, text_outputs
+from notebooks import PATHS, STATE, run, text_outputs, widget_views
 
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
@@ -22,3 +23,16 @@ def test_runs_and_shows_the_same(path):
                                  text_outputs(nbformat.read(path, 4))):
         if re.search(r"^#\|\s*(gpu|slow)", cell.source, re.M): continue
         assert same(now, stored), f"{path.stem}: {cell.source[:200]}\nstored: {stored[:500]}\nnow:    {now[:500]}"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_widgets_keep_their_state(path):
+    "A page shows a widget's picture without a kernel; what it shows is no error."
+    notebook = nbformat.read(path, 4)
+    models = notebook.metadata.get("widgets", {STATE: {"state": {}}})[STATE]["state"]
+    assert list(models) == [f"{i:032x}" for i in range(len(models))], "numbered as they appear"
+    reached = [view["model_id"] for view in widget_views(notebook)]
+    assert len(reached) == len(set(reached)), "one widget, shown twice"
+    for name in reached: reached += set(re.findall(r"IPY_MODEL_(\w+)", json.dumps(models[name]))) - set(reached)
+    assert set(models) == set(reached)
+    assert 'role=\\"alert\\"' not in json.dumps(models)

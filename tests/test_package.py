@@ -41,7 +41,9 @@ def test_export_and_clean_change_nothing(exported):
 def test_readme_is_the_index():
     sys.path.insert(0, str(ROOT / "nbs"))
     from readme import readme
-    assert (ROOT / "README.md").read_text() == readme(), "run make export"
+    text, pictures = readme()
+    assert (ROOT / "README.md").read_text() == text, "run make export"
+    assert all((ROOT / "nbs" / name).read_bytes() == data for name, data in pictures.items())
 
 
 def test_imports_without_development_tools():

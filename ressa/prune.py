@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'PART_COLORS', 'Method', 'method_of', 'as_target', 'targets', 'LayerReport', 'estimated_error',
            'PruneReport', 'unusable', 'prune_alike', 'prune_layers', 'prune', 'plot_report', 'check_prune_chain']
 
-# %% ../nbs/14_prune.ipynb #b6f19837
+# %% ../nbs/14_prune.ipynb #da5d4246
 import time
 import warnings
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm.auto import tqdm
+from transformers.integrations.accelerate import offload_weight
 from .data import pick_device, to_device
 from .dsnot import dsnot
 from .masks import check_target, sparsity_of
@@ -172,13 +173,25 @@ def prune_alike(
     pruned = method.function(torch.cat(weights), stats, **options)
     return list(pruned.split([len(w) for w in weights]))
 
-# %% ../nbs/14_prune.ipynb #2eed7c36
+# %% ../nbs/14_prune.ipynb #3b6f877e
 def _stored_weight(layer):
-    "The weight itself, also where accelerate keeps it on the CPU until the layer runs."
+    "The weight itself, also where accelerate keeps it elsewhere until the layer runs."
     weight = layer.weight.data
-    return layer._hf_hook.weights_map["weight"] if weight.device.type == "meta" else weight
+    return layer._hf_hook.weights_map["weight"] if weight.is_meta else weight
 
-# %% ../nbs/14_prune.ipynb #77bffe6b
+def _on_disk(layer):
+    "Accelerate's loader and the weight's name there, if it is read from disk; else None."
+    kept = layer._hf_hook.weights_map if layer.weight.is_meta else None
+    loader, name = getattr(kept, "dataset", None), f"{getattr(kept, 'prefix', '')}weight"
+    return None if name in getattr(loader, "state_dict", {name}) else (loader, name)
+
+def _put(layer, stored, new):
+    "Replace a stored weight."
+    if not (file := _on_disk(layer)): return stored.copy_(new)
+    new, (loader, name) = new.to("cpu", stored.dtype).contiguous(), file
+    offload_weight(new, name, loader.save_folder, loader.index)
+
+# %% ../nbs/14_prune.ipynb #d0dfe035
 class _Pruner:
     "One pruning pass: gathers statistics, prunes groups of layers, and writes the report."
 
@@ -209,7 +222,7 @@ class _Pruner:
         dense = [weight.to(stats.square_sum.device) for weight in stored]
         pruned = prune_alike(dense, stats, target, self.method, **self.options)
         errors = [estimated_error(old, new, stats) for old, new in zip(dense, pruned)]
-        for old, new in zip(stored, pruned): old.copy_(new)
+        for name, old, new in zip(names, stored, pruned): _put(self.layers[name], old, new)
         seconds = (time.perf_counter() - start) / len(names)
         for name, new, error in zip(names, pruned, errors):
             self.report.layers.append(LayerReport(
@@ -280,7 +293,7 @@ def _calm(model):
         model.train(training)
         if cache is not None: text.use_cache = cache
 
-# %% ../nbs/14_prune.ipynb #45805e4e
+# %% ../nbs/14_prune.ipynb #a93f8dbc
 @torch.no_grad()
 def prune_layers(
     model: nn.Module,  # called as model(**batch); pruned in place
@@ -298,6 +311,7 @@ def prune_layers(
     "Prune named layers in one pass over the batch. Raises `ValueError`."
     _check_way(micro_batch, recompute, dense_statistics)
     start, wanted = time.perf_counter(), {name: layers[name] for name in chosen}
+    _check_stored(wanted)
     mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
     work = _Pruner(wanted, chosen, part_of, method, options, mask, progress)
     plain = not (work.method.stacked or micro_batch or dense_statistics)
@@ -321,7 +335,7 @@ def _flow(work, model, batch, groups, micro_batch, recompute):
     with before_first_call(outside, _in_flight(work, groups)):
         with in_pieces(model, cut, number_of_rows(batch), micro_batch, visit): model(**batch)
 
-# %% ../nbs/14_prune.ipynb #f26c3cb6
+# %% ../nbs/14_prune.ipynb #7805a3b5
 def _check_way(micro_batch, recompute, dense_statistics):
     "Raise `ValueError` for a way that is not there."
     if micro_batch is not None and micro_batch < 1:
@@ -330,6 +344,14 @@ def _check_way(micro_batch, recompute, dense_statistics):
         raise ValueError(f"recompute must be 'group' or 'block', not {recompute!r}")
     if micro_batch and dense_statistics:
         raise ValueError("dense_statistics takes the whole batch at once: leave micro_batch out")
+
+def _check_stored(layers):
+    "Raise `ValueError` for a placeholder that has no place for a new weight."
+    for name, layer in layers.items():
+        lost = layer.weight.is_meta and not getattr(vars(layer).get("_hf_hook"), "weights_map", 0)
+        if lost or (file := _on_disk(layer)) and file[0].save_folder is None:
+            raise ValueError(f"{name} holds a placeholder, and there is no place for a pruned "
+                             "weight: load the model with offload_folder=…")
 
 # %% ../nbs/14_prune.ipynb #bd1e5116
 def prune(

@@ -1,0 +1,55 @@
+"""All figures of the course on one page, for slides: `python nbs/slides.py FOLDER` writes slides.md and its pictures."""
+import base64
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+
+here = Path(__file__).parent
+HEAD = """# Figures for slides
+
+Every figure of the course as its notebook stored it, with the words for those who cannot see it, and what the
+notebook says below it. Take them for your own slides; the title names the notebook to cite and to open.
+"""
+
+
+def figures(cells):
+    "Of each figure that readers see: the heading above it, its alt text, what is said below it, and its PNG."
+    heading = ""
+    for i, cell in enumerate(cells):
+        if cell.cell_type == "markdown":
+            heading = ([heading] + re.findall(r"^##+ (.+)$", cell.source, re.M))[-1]
+        alt = re.search(r"^#\| fig-alt: (.+)", cell.source, re.M)
+        if cell.cell_type != "code" or not alt or re.search(r"^#\| hide$", cell.source, re.M): continue
+        said = next((c.source for c in cells[i + 1:i + 3] if c.cell_type == "markdown"), "").partition("\n\n")[0]
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                yield heading, alt[1], "" if said.startswith("#") else said, base64.b64decode(output.data["image/png"])
+
+
+def slides():
+    "The text of the page, and its pictures: path beside the page → bytes."
+    parts, pictures = [HEAD], {}
+    for path in sorted(here.glob("[0-9]*.ipynb")):
+        cells = nbformat.read(path, 4).cells
+        title = next((c.source.splitlines()[0][2:] for c in cells if c.source.startswith("# ")), path.stem)
+        for k, (heading, alt, said, picture) in enumerate(figures(cells), 1):
+            if k == 1: parts.append(f"## [{path.stem[:2]} · {title}]({path.name})")
+            name = f"figures/{path.stem}-{k}.png"
+            pictures[name] = picture
+            alt_text = re.sub(r"([\[\]])", r"\\\1", alt)
+            parts += [f"### {heading}", f"![{alt_text}]({name})", f"*In words:* {alt}", said]
+    return "\n\n".join(filter(None, parts)) + "\n", pictures
+
+
+def write(folder):
+    "Write the page and its pictures to a folder."
+    text, pictures = slides()
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    (folder / "slides.md").write_text(text, encoding="utf-8")
+    for name, picture in pictures.items(): (folder / name).write_bytes(picture)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -266,7 +266,8 @@ def _ask(data, teacher, processor, k, temperature):
     "A function for `map`: numbers of rows → what the teacher says of them."
     shift, said = is_causal(teacher), ModelTeacher(teacher)
     def ask(_, numbers):
-        batch = to_device(collate([data[i] for i in numbers], processor), teacher.device)
+        rows = [data[i] for i in numbers]
+        batch = to_device(collate(rows, processor, causal=shift), teacher.device)
         labels = batch.pop("labels") if shift else batch["labels"]  # encoder-decoders need them
         places, _ = _answer_places(labels, shift)
         targets = top_targets(_flat(said(None, batch), labels)[places], k, temperature)
@@ -305,9 +306,10 @@ def cache_targets(
 def collate_targets(
     rows: list[dict],  # from `cache_targets`, or without targets
     processor,  # as in `collate`
+    causal: bool = True,  # as in `collate`
 ) -> dict:  # a batch; `teacher_log_p` (n, k+1) and `teacher_words` (n, k) for n answer tokens
     "`collate`, and what the teacher says at all answer tokens of the batch, one below the other."
-    batch = collate(rows, processor)
+    batch = collate(rows, processor, causal=causal)
     if "teacher_words" not in rows[0]: return batch
     def joined(name): return torch.cat([torch.as_tensor(row[name]) for row in rows])
     return batch | {name: joined(name) for name in ("teacher_log_p", "teacher_words")}

@@ -92,7 +92,7 @@ class RessaTrainer(Trainer):
             raise ValueError("a SelfTeacher needs adapters that can be switched off, and the "
                              "student's own weights are trained: take another teacher")
         if processor is not None:
-            collate = functools.partial(collate_targets, processor=processor)
+            collate = functools.partial(collate_targets, processor=processor, causal=is_causal(model))
             kwargs.setdefault("data_collator", collate)
         super().__init__(model, args, processing_class=processor, **kwargs)
         for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RGB', 'BUNDLED', 'bundled_config', 'new_bundled', 'signed_distances', 'draw_shapes', 'pretrain_vision', 'mirror',
            'last_whole_checkpoint', 'training_rows', 'train_answers', 'train_bundled', 'load_bundled',
-           'check_guessing_loss']
+           'check_guessing_loss', 'check_block_weights', 'check_hexagon']
 
 # %% ../nbs/02_bundled.ipynb #50ff6091
 import json
@@ -231,16 +231,56 @@ def load_bundled(
     model = AutoModelForImageTextToText.from_pretrained(BUNDLED, dtype=dtype, use_safetensors=True)
     return model.eval().to(pick_device(device)), AutoProcessor.from_pretrained(BUNDLED)
 
-# %% ../nbs/02_bundled.ipynb #ed5d91c0
+# %% ../nbs/02_bundled.ipynb #18ef911a
 def check_guessing_loss(
     guessing_loss,  # your function of the numbers of shapes and colors
 ) -> None:
-    "Check exercise 1 against cross-entropies of equal logits."
+    "Check exercise 1 against cross-entropies of equal logits, for random numbers of classes."
+    shapes, colors = torch.randint(3, 12, (2,)).tolist()
     first = torch.zeros(1, dtype=torch.long)
-    for shapes, colors in ((3, 8), (5, 2)):
-        want = sum(F.cross_entropy(torch.zeros(1, n), first).item() for n in (shapes, colors))
-        got, hint = guessing_loss(shapes, colors), "wrong"
-        if abs(got * math.log(2) - want) < 1e-4: hint = "natural logarithms, not base 2"
-        if abs(got - math.log(shapes + colors)) < 1e-4: hint = "losses add; classes do not"
-        assert abs(got - want) < 1e-4, (
-            f"{hint}: {shapes} shapes, {colors} colors: got {got:.4f}, want {want:.4f}")
+    want = sum(F.cross_entropy(torch.zeros(1, n), first).item() for n in (shapes, colors))
+    got = guessing_loss(shapes, colors)
+    hints = {"natural logarithms, not base 2": want / math.log(2),
+             "losses add; classes do not": math.log(shapes + colors),
+             "a loss is not negative": -want}
+    hint = next((hint for hint, wrong in hints.items() if abs(got - wrong) < 1e-4), "wrong")
+    given = f"{shapes} shapes, {colors} colors: got {got:.4f}, want {want:.4f}"
+    assert abs(got - want) < 1e-4, f"{hint}: {given}"
+
+# %% ../nbs/02_bundled.ipynb #1d5a98ba
+def check_block_weights(
+    block_weights,  # your function of two widths: the block's, and the one inside its MLP
+) -> None:
+    "Check exercise 2 against a Llama block of random widths."
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer
+    width, inner = (4 * torch.randint(2, 9, (2,)).cumsum(0)).tolist()
+    config = LlamaConfig(hidden_size=width, intermediate_size=inner, num_attention_heads=2)
+    block = LlamaDecoderLayer(config, layer_idx=0)
+    sizes = [m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear)]
+    got, want = block_weights(width, inner), sum(sizes)
+    hints = {want - width * inner: "one of the MLP's three matrices is missing",
+             want - width ** 2: "one of attention's four matrices is missing",
+             want + 2 * width: "the two norms are no linear layers"}
+    given = f"{width=}, {inner=}: got {got}, want {want} = {' + '.join(map(str, sizes))}"
+    assert got == want, f"{hints.get(got, 'wrong')}: {given}"
+
+# %% ../nbs/02_bundled.ipynb #8650df1d
+def check_hexagon(
+    hexagon,  # your function of x and y (points,) from the centre, and of r, the sides' distance
+) -> None:
+    "Check exercise 3 at random points, against the six sides one by one."
+    r, (x, y) = 1 + float(torch.rand(())), 6 * torch.rand(2, 30) - 3
+    def along(*degrees):  # how far each point lies in each of these directions: (n, points)
+        return torch.stack([x * math.cos(math.radians(d)) + y * math.sin(math.radians(d))
+                            for d in degrees])
+    want = along(0, 60, 120, 180, 240, 300).amax(0) - r
+    hints = {"it is turned: two sides must be vertical": along(30, 90, 150).abs().amax(0) - r,
+             "that is a triangle: take both sides of each pair": along(0, 120, 240).amax(0) - r,
+             "that is no closed shape: take both sides of each pair": along(0, 60, 120).amax(0) - r,
+             "inside is negative": -want, "sides lie at r, not at 0": want + r}
+    got = hexagon(x, y, r)
+    assert got.shape == want.shape, f"the shape is {tuple(got.shape)}, want {tuple(want.shape)}"
+    close = (wrong for wrong in hints if torch.allclose(got, hints[wrong], atol=1e-4))
+    i = (got - want).abs().argmax()
+    given = f"x={x[i]:.2f}, y={y[i]:.2f}, {r=:.2f}: got {got[i]:.2f}, want {want[i]:.2f}"
+    assert torch.allclose(got, want, atol=1e-4), f"{next(close, 'wrong')}: {given}"

@@ -1,11 +1,13 @@
 # make demo   install, then prune, repair and report on the bundled model
 # make test   install with the development tools, then run every notebook and every test
+# make site   the documentation, to be read without a network: _docs/index.html
 # make lab    open the course in JupyterLab
+# make student   write the lessons without solutions into student/, with a wheel to install
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lab export results clean
+.PHONY: demo test site lab student export results clean
 
 demo: $(VENV)/installed
 	$(BIN)/ressa repair
@@ -13,8 +15,14 @@ demo: $(VENV)/installed
 test: $(VENV)/developing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+site: $(VENV)/developing
+	$(BIN)/python nbs/site/build.py
+
 lab: $(VENV)/developing
 	$(BIN)/jupyter lab --notebook-dir nbs
+
+student: $(VENV)/developing
+	$(BIN)/python nbs/student.py
 
 # what a change to a notebook needs: the library, clean notebooks, the README
 export: $(VENV)/developing

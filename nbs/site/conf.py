@@ -1,0 +1,87 @@
+"""How Sphinx makes the site. Every script comes out of an installed package: pages need no network."""
+from importlib.util import find_spec
+from pathlib import Path
+
+from docutils import nodes
+from nbdev.config import get_config
+from sphinx import addnodes
+from sphinx.pycode import ModuleAnalyzer
+
+settings = get_config()
+project, author, release = settings.title, settings.author, settings.version
+copyright = settings.copyright
+
+
+def package(name, *parts): return Path(find_spec(name).origin).parent.joinpath(*parts)
+
+
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.mathjax",
+              "sphinx.ext.linkcode" if settings.git_url else "sphinx.ext.viewcode"]
+exclude_patterns = ["notebooks"]
+highlight_language = "text"
+viewcode_follow_imported_members = False  # else it imports the library
+maximum_signature_line_length = 70
+python_display_short_literal_types = True
+add_module_names = False
+copybutton_selector = "div.highlight pre"
+copybutton_exclude = ".linenos, .gp, .go"
+
+nb_execution_mode = "off"  # the notebooks' stored outputs, of which the tests make sure
+nb_merge_streams = True
+nb_ipywidgets_js = {"require.min.js": {}, "libembed-amd.js": {}, "widgets.js": {}}
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_block"]
+myst_heading_anchors = 3
+
+mathjax_path = "tex-svg.js"
+html_title = project
+html_theme = "sphinx_book_theme"
+html_static_path = [
+    "static", str(package("sphinx-mathjax-offline", "static", "mathjax", "tex-svg.js")),
+    str(package("shinywidgets", "static", "libembed-amd.js")),
+    str(package("shiny", "www", "shared", "requirejs", "require.min.js"))]
+html_css_files = ["ressa.css"]
+html_js_files = [("ressa.js", {"priority": 250})]
+html_copy_source = html_show_sourcelink = False
+html_context = {"default_mode": "auto"}
+html_theme_options = {
+    "repository_url": settings.git_url or "", "use_repository_button": bool(settings.git_url),
+    "use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1,
+    "show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": [],
+    "pygments_light_style": "a11y-high-contrast-light", "pygments_dark_style": "a11y-high-contrast-dark"}
+
+
+def source_of(app, modname):
+    "The source of one of our modules, without importing it, and where its names are."
+    path = settings.config_path / f"{modname.replace('.', '/')}.py"
+    if not path.exists(): return None
+    code = path.read_text(encoding="utf-8")
+    return code, ModuleAnalyzer.for_string(code, modname).find_tags()
+
+
+def linkcode_resolve(domain, info):
+    "The address of a name's source, once the project has one."
+    _, first, last = source_of(None, info["module"])[1][info["fullname"]]
+    path = info["module"].replace(".", "/")
+    return f"{settings.git_url.rstrip('/')}/blob/{settings.branch}/{path}.py#L{first}-L{last}"
+
+
+def nbdev_anchors(app, doctree):
+    "nbdev's own anchors, `prune.html#prune`, lead to the entries too."
+    taken = set(doctree.ids)
+    for node in doctree.findall(addnodes.desc_signature):
+        anchor = node.get("fullname", "").lower()
+        if anchor and anchor not in taken: node["ids"].append(anchor)
+
+
+def local_fonts(app, error):
+    "The widgets' script asks a server for its icon font by address: let it look beside the page."
+    script = Path(app.outdir, "_static", "libembed-amd.js")
+    text = script.read_text(encoding="utf-8")
+    script.write_text(text.replace("https://unpkg.com/@jupyter-widgets/html-manager@0.20.0/dist/", "_static/"),
+                      encoding="utf-8")
+
+
+def setup(app):
+    if not settings.git_url: app.connect("viewcode-find-source", source_of)
+    app.connect("doctree-read", nbdev_anchors)
+    app.connect("build-finished", local_fonts)

@@ -1,0 +1,294 @@
+"""The site: built once from the notebooks, then read in a real browser that has no network."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+from filelock import FileLock
+
+pytest.importorskip("sphinx", reason="the site needs Sphinx: pip install '.[dev]'")
+pytest.importorskip("myst_nb", reason="the site needs MyST-NB: pip install '.[dev]'")
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(ROOT.glob("nbs/[0-9]*.ipynb"))
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+sys.path.append(str(ROOT / "nbs" / "site"))
+
+LOOK = """async () => {
+    if (window.MathJax?.startup) await MathJax.startup.promise;
+    const all = selector => [...document.querySelectorAll(selector)];
+    return {
+        too_wide: document.documentElement.scrollWidth - innerWidth,
+        sticks_out: all('main *').filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+            .slice(0, 3).map(e => e.outerHTML.slice(0, 120)),
+        ids: all('[id]').map(e => e.id),
+        links: all('a[href]').map(a => a.href),
+        pictures: all('main img').map(i => ({alt: i.alt, loaded: i.naturalWidth > 0})),
+        formulas: all('.math').length,
+        drawn: all('.math mjx-container > svg').length,
+        wrong: all('.math [data-mjx-error]').map(e => e.dataset.mjxError),
+        unfolded: all('main details[open]:not(.source)').length,
+        solutions: all('main details:not(.source)').length,
+        widgets: all('.jupyter-widgets img').map(i => i.naturalWidth)}}"""
+
+
+def page_of(notebook): return re.sub(r"^\d+_", "", notebook.stem) + ".html"
+
+
+def shared(tmp_path_factory):
+    "A folder that all workers of a run share."
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The folder of the built site."
+    out = shared(tmp_path_factory) / "site"
+    with FileLock(out.with_suffix(".lock")):
+        if not (out / "index.html").exists():
+            made = subprocess.run([sys.executable, ROOT / "nbs" / "site" / "build.py", out], cwd=ROOT,
+                                  capture_output=True, text=True)
+            assert not made.returncode, f"the site was not built:\n{made.stdout[-2000:]}{made.stderr[-4000:]}"
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the site's tests need playwright")
+    if not CHROMIUM: pytest.skip("the site's tests need Chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser):
+    "A page of a desktop's size, offline; `tab.errors` gathers what went wrong on it."
+    with browser.new_context(viewport={"width": 1300, "height": 900}, offline=True) as context:
+        yield watched(context.new_page())
+
+
+def watched(tab):
+    "A page that notes its errors, and each wish for the network."
+    tab.set_default_timeout(120_000)
+    tab.errors = []
+    tab.on("console", lambda m: m.type == "error" and tab.errors.append(m.text))
+    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
+    tab.on("request", lambda r: r.url.startswith("http") and tab.errors.append(f"asks for {r.url}"))
+    return tab
+
+
+def axe(tab, *rules):
+    "Serious and critical violations that axe-core finds."
+    from axe_playwright_python.base import AXE_SCRIPT
+    if not tab.evaluate("typeof axe === 'object'"): tab.evaluate(AXE_SCRIPT)
+    options = {"resultTypes": ["violations"], **({"runOnly": list(rules)} if rules else {})}
+    found = tab.evaluate("options => axe.run(document, options)", options)["violations"]
+    return [f"{v['id']}: {node['html'][:160]} ({node['failureSummary'][:160]})" for v in found
+            if v["impact"] in ("serious", "critical") for node in v["nodes"]]
+
+
+@pytest.fixture(scope="session")
+def pages(site, tmp_path_factory, request):
+    "What each page looks like on a telephone, and what axe-core says of it, light and dark."
+    stored = site.with_suffix(".json")
+    with FileLock(site.with_suffix(".pages.lock")):
+        if not stored.exists():
+            browser = request.getfixturevalue("browser")
+            files = sorted(p for p in site.rglob("*.html") if "_static" not in p.parts)
+            stored.write_text(json.dumps({str(p.relative_to(site)): look(browser, p) for p in files}))
+    return json.loads(stored.read_text())
+
+
+def look(browser, path):
+    with browser.new_context(viewport={"width": 390, "height": 844}, offline=True) as context:
+        tab = watched(context.new_page())
+        tab.goto(path.as_uri())
+        if "require.min.js" in path.read_text(encoding="utf-8"): tab.wait_for_selector(".jupyter-widgets img")
+        seen = tab.evaluate(LOOK)
+        seen["errors"] = tab.errors
+        if path.parent.name != "ressa":  # the modules' source: text alone
+            tab.set_viewport_size({"width": 1300, "height": 900})
+            seen["light"] = axe(tab)
+            tab.emulate_media(color_scheme="dark")
+            seen["dark"] = axe(tab, "color-contrast")
+        return seen
+
+
+def each(pages, key):
+    "{page: finding} where there is one."
+    return {name: page[key] for name, page in pages.items() if page.get(key)}
+
+
+def broken(pages, site):
+    "Links inside the site that lead nowhere: (page, link)."
+    for name, page in pages.items():
+        for link in page["links"]:
+            url = urlsplit(link)
+            if url.scheme != "file": continue
+            path = Path(unquote(url.path))
+            if not path.exists(): yield name, link
+            elif path.suffix == ".html" and url.fragment:
+                ids = pages[str(path.relative_to(site))]["ids"]
+                if unquote(url.fragment) not in ids: yield name, link
+
+
+def test_every_notebook_has_a_page(site):
+    missing = [n.name for n in NOTEBOOKS if not (site / page_of(n)).exists()]
+    assert not missing
+
+
+def test_links_and_anchors(pages, site):
+    assert not list(broken(pages, site))
+    planted = {"index.html": {"ids": [], "links": [(site / "index.html").as_uri() + "#nowhere",
+                                                   (site / "nowhere.html").as_uri()]}}
+    assert len(list(broken(planted, site))) == 2
+
+
+def test_no_errors_and_no_network(pages):
+    assert not each(pages, "errors")
+
+
+def test_ids_are_unique(pages):
+    twice = {name: {i for i in page["ids"] if page["ids"].count(i) > 1} for name, page in pages.items()}
+    assert not {name: ids for name, ids in twice.items() if ids}
+
+
+def test_mathematics_is_drawn(pages):
+    assert pages["sparselora.html"]["formulas"] > 0
+    assert not each(pages, "wrong")
+    assert not {name: (page["formulas"], page["drawn"]) for name, page in pages.items()
+                if page["formulas"] != page["drawn"]}
+
+
+def test_fits_a_telephone(pages):
+    assert not {name: (page["too_wide"], page["sticks_out"]) for name, page in pages.items()
+                if page["too_wide"] > 0}
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_accessible(pages, mode):
+    assert any(mode in page for page in pages.values())
+    assert not each(pages, mode)
+
+
+def test_figures_have_their_words(pages):
+    for notebook in NOTEBOOKS:
+        seen = pages[page_of(notebook)]
+        assert all(picture["loaded"] for picture in seen["pictures"]), notebook.name
+        words = {picture["alt"] for picture in seen["pictures"]}
+        for cell in nbformat.read(notebook, 4).cells:
+            alt = re.search(r"^#\| fig-alt: (.+)", cell.source, re.M)
+            if not alt or cell.cell_type != "code" or "#| hide\n" in cell.source: continue
+            if any("image/png" in o.get("data", {}) for o in cell.outputs):
+                assert " ".join(alt[1].split()) in words, f"{notebook.name}: {alt[1]}"
+
+
+def test_solutions_are_folded(pages):
+    for notebook in NOTEBOOKS:
+        text = "".join(c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "markdown")
+        seen = pages[page_of(notebook)]
+        assert seen["solutions"] == text.count("<details"), notebook.name
+        assert not seen["unfolded"], notebook.name
+
+
+def test_widgets_show_their_state(pages):
+    with_widgets = [n for n in NOTEBOOKS if "widgets" in nbformat.read(n, 4).metadata]
+    if not with_widgets: pytest.skip("no notebook stores widgets")
+    for notebook in with_widgets:
+        assert pages[page_of(notebook)]["widgets"], notebook.name
+        assert all(pages[page_of(notebook)]["widgets"]), notebook.name
+
+
+def test_entries_of_the_library(pages):
+    scope = {}
+    exec((ROOT / "ressa" / "_modidx.py").read_text(), scope)
+    known = {name: page["ids"] for name, page in pages.items()}
+    for module, names in scope["d"]["syms"].items():
+        for name, (address, _) in names.items():
+            if name.count(".") > 2 or name.split(".")[-1].startswith("_"): continue
+            assert name in known[address.partition("#")[0]], f"no entry of {name}"
+
+
+def test_an_entry(tab, site):
+    "Signature, docments, a link to the source; prose links to it."
+    tab.goto((site / "prune.html").as_uri())
+    entry = tab.locator("dl.py.function", has=tab.locator("[id='ressa.prune.prune']"))
+    assert "sparsity=0.5" in entry.locator("dt").first.inner_text().replace(" ", "")
+    assert "model" in entry.locator("td").first.inner_text()
+    assert tab.locator("main p a[href='#ressa.prune.prune']").count()
+    entry.locator("a", has_text="source").first.click()
+    tab.wait_for_url(re.compile("prune"))
+    assert "def prune(" in tab.locator(":target").locator("xpath=..").inner_text()
+
+
+def test_source_cells_have_no_directives(site):
+    assert not [p.name for p in site.glob("*.html")
+                if re.search(r"#\|\s*(export|hide|fig-alt)", re.sub("<[^>]+>", "", p.read_text(encoding="utf-8")))]
+
+
+def test_search(tab, site):
+    tab.goto((site / "index.html").as_uri())
+    tab.keyboard.press("Control+k")
+    tab.keyboard.type("SparseLoRA")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#search-results li a")
+    found = tab.locator("#search-results li a").evaluate_all("links => links.map(a => a.href)")
+    assert any("/sparselora.html" in link for link in found)
+    assert not tab.errors
+
+
+def test_dark_mode(tab, site):
+    tab.goto((site / "index.html").as_uri())
+    tab.emulate_media(color_scheme="light")
+    shade = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).every(x => x < 60)"
+    assert not tab.evaluate(shade)
+    for _ in range(3):
+        tab.locator("button.theme-switch-button:visible").first.click()
+        if tab.evaluate("document.documentElement.dataset.mode") == "dark": break
+    assert tab.evaluate(shade)
+    tab.reload()
+    assert tab.evaluate(shade), "the choice is remembered"
+
+
+def test_copy_button(tab, site):
+    tab.goto((site / "prune.html").as_uri())
+    cell = tab.locator("main .cell_input").first
+    cell.hover()
+    cell.locator("button.copybtn").click()
+    tab.keyboard.press("Control+k")
+    tab.keyboard.press("Control+v")
+    pasted = tab.locator("dialog input").input_value()
+    assert pasted and pasted in cell.inner_text().replace("\n", "")
+
+
+def test_open_in_colab_needs_an_address():
+    from build import links
+    there = dict(branch="main", nbs_path=Path("nbs"))
+    assert "Colab" not in links(Path("14_prune.ipynb"), SimpleNamespace(git_url="", **there))
+    line = links(Path("14_prune.ipynb"), SimpleNamespace(git_url="https://github.com/a/b", **there))
+    assert "https://colab.research.google.com/github/a/b/blob/main/nbs/14_prune.ipynb" in line
+
+
+def test_docments_are_read():
+    import ast
+    from interface import entry
+    source = '''def f(x: "a | b",  # rows, *all* of them
+      *,
+      # how many
+      # of them
+      n=3) -> int:  # a number
+    "Do `it`."
+'''
+    text = entry(ast.parse(source).body[0], source, "ressa.f")
+    assert "f(x, *, n=3)" in text and "| `n` |  | `3` | how many of them |" in text
+    assert r"rows, \*all\* of them" in text and "| returns | `int` |  | a number |" in text

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['without_prompt', 'answer', 'interval', 'cider', 'Evaluation', 'evaluate', 'exact_match', 'blind', 'won_back',
-           'check_difference_interval']
+           'check_difference_interval', 'check_questions_needed', 'check_vqa_accuracy']
 
 # %% ../nbs/03_evaluation.ipynb #1b128c73
 from collections import Counter, defaultdict
@@ -178,18 +178,52 @@ def won_back(
         raise ValueError(f"nothing was lost: dense {dense:.3f} is not above {start:.3f}")
     return (repaired - start) / (dense - start)
 
-# %% ../nbs/03_evaluation.ipynb #4dfc6326
+# %% ../nbs/03_evaluation.ipynb #f53fc7c7
 def check_difference_interval(
     difference_interval,  # your function of two arrays of zeros and ones
 ) -> None:
     "Check exercise 1 on two models that mostly fail on the same questions."
     rng = np.random.default_rng()
-    a = (rng.random(500) < 0.8).astype(float)
-    b = np.where(rng.random(500) < 0.05, 1 - a, a)
-    low, high = difference_interval(a, b)
-    want = interval(a - b)
-    assert low <= (a - b).mean() <= high, "the mean difference a - b lies outside: mind the order"
+    both = int(rng.integers(130, 160))
+    pairs = [(1, 1)] * both + [(1, 0)] * 12 + [(0, 1)] * 2 + [(0, 0)] * (186 - both)
+    a, b = rng.permutation(pairs, axis=0).T[rng.permutation(2)].astype(float)
+    (low, high), want = difference_interval(a, b), interval(a - b)
     width, enough = high - low, want[1] - want[0]
-    assert width < 1.3 * enough, (
-        f"width {width:.3f}, want about {enough:.3f}: "
-        "resample questions, not models; both answer the same ones")
+    given = (f"of 200 questions a has {a.sum():.0f} right, b {b.sum():.0f}, and they differ on 14: "
+             f"got {low:.3f} to {high:.3f}, want {want[0]:.3f} to {want[1]:.3f}")
+    assert low <= (a - b).mean() <= high, f"the mean of a - b is outside: mind the order; {given}"
+    assert width < 1.3 * enough, f"both answer the same questions: resample those, once; {given}"
+    assert width > 0.7 * enough, f"too narrow for 95 %; {given}"
+
+# %% ../nbs/03_evaluation.ipynb #370bf0bf
+def check_questions_needed(
+    questions_needed,  # your function of an accuracy and of the width of its interval
+) -> None:
+    "Check exercise 2 on a random accuracy and width."
+    rng = np.random.default_rng()
+    p, width = rng.uniform(0.6, 0.9), rng.uniform(0.02, 0.1)
+    got, want = questions_needed(p, width), p * (1 - p) * (2 * 1.96 / width) ** 2
+    hints = {"that is half of the width: 1.96 standard errors lie on either side": want / 4,
+             "solved for n, the root becomes a square": want ** 0.5,
+             "the spread of zeros and ones is p(1 - p)": want / (1 - p)}
+    def close(wrong): return abs(got - wrong) <= 1 + 0.01 * wrong
+    hint = next((hint for hint, wrong in hints.items() if close(wrong)), "wrong")
+    given = f"accuracy {p:.3f}, width {width:.3f}: got {got:.0f}, want {want:.0f} questions"
+    assert close(want), f"{hint}: {given}"
+
+# %% ../nbs/03_evaluation.ipynb #1efe0547
+def check_vqa_accuracy(
+    vqa_accuracy,  # your function of an answer and of the list of ten human answers
+) -> None:
+    "Check exercise 3 on random human answers, of which none to four agree."
+    rng = np.random.default_rng()
+    answer, *others = rng.permutation(["red", "pink", "orange", "brown"]).tolist()
+    for n in rng.permutation(5).tolist():
+        humans = rng.permutation([answer] * n + rng.choice(others, 10 - n).tolist()).tolist()
+        left = [sum(other == answer for other in humans[:i] + humans[i + 1:]) for i in range(10)]
+        got, want = vqa_accuracy(answer, humans), sum(min(1, k / 3) for k in left) / 10
+        hints = {"leave one human out each time": min(1, n / 3),
+                 "three who agree are enough, not ten": n / 10, "no more than 1": sum(left) / 30}
+        hint = next((hint for hint, wrong in hints.items() if abs(got - wrong) < 1e-6), "wrong")
+        given = f"{answer!r} to {humans}: got {got:.3f}, want {want:.3f}"
+        assert abs(got - want) < 1e-6, f"{hint}: {given}"

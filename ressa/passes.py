@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['before_first_call', 'shared_inputs', 'number_of_rows', 'split_rows', 'blocks_of', 'join_rows', 'pieces_of',
-           'in_pieces', 'inputs_of', 'one_look_per_image', 'take_rows', 'check_sharers', 'check_in_halves']
+           'in_pieces', 'inputs_of', 'one_look_per_image', 'take_rows', 'check_sharers', 'check_in_halves',
+           'check_not_met']
 
 # %% ../nbs/04_passes.ipynb #e09c8cf9
 from collections import defaultdict
@@ -201,25 +202,46 @@ def take_rows(
     if isinstance(value, (tuple, list)): return type(value)(take_rows(v, rows) for v in value)
     return value
 
-# %% ../nbs/04_passes.ipynb #8e4f0e3c
+# %% ../nbs/04_passes.ipynb #cfa0e094
 def check_sharers(
     sharers,  # your function of groups (lists of names) and a name
 ) -> None:
-    "Check exercise 1 on made-up groups."
-    groups = [["q", "k", "v"], ["o"], ["gate", "up"]]
-    for name, want in (("k", ["q", "v"]), ("o", []), ("gate", ["up"])):
-        got = list(sharers(groups, name))
-        assert name not in got, f"{name!r} is no sharer of itself: leave it out"
-        assert sorted(got) == sorted(want), f"{name!r}: got {got}, want {want} for groups {groups}"
+    "Check exercise 1 on made-up groups of random names."
+    names = [f"layer{i}" for i in torch.randperm(9)[:6].tolist()]
+    groups = [names[:3], names[3:4], names[4:]]
+    for name, group in zip(names[1::2], groups):
+        got, want = list(sharers(groups, name)), [other for other in group if other != name]
+        given = f"{name!r} in {groups}: got {got}, want {want}"
+        assert name not in got, f"{name!r} is no sharer of itself: {given}"
+        assert not set(got) - set(group), f"some are of another group: {given}"
+        assert sorted(got) == sorted(want), f"wrong: {given}"
 
-# %% ../nbs/04_passes.ipynb #2a19f00c
+# %% ../nbs/04_passes.ipynb #22ec0a0f
 def check_in_halves(
     in_halves,  # your function of a layer and x (rows, in)
 ) -> None:
     "Check exercise 2 on a linear layer that counts its rows, for an odd number of rows."
-    layer, x, seen = nn.Linear(3, 2), torch.randn(5, 3), []
+    n, layer, seen = 2 * int(torch.randint(2, 6, ())) + 1, nn.Linear(3, 2), []
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    got = in_halves(layer, x)
-    assert max(seen) < 5, f"the layer was given {max(seen)} of 5 rows at once: cut first"
-    assert len(got) == 5, f"{len(got)} rows came back, want 5: an odd row was lost"
-    assert torch.allclose(got, layer(x), atol=1e-6), "the rows came back in another order"
+    x = torch.randn(n, 3)
+    got, given = in_halves(layer, x), f"{n} rows: the layer was given {seen}"
+    assert max(seen, default=0) < n, f"cut first: {given} at once"
+    assert len(got) == n, f"an odd row was lost: {given}, and {len(got)} came back"
+    assert torch.allclose(got, layer(x), atol=1e-6), f"the rows came back in another order: {given}"
+
+# %% ../nbs/04_passes.ipynb #f0c808a0
+def check_not_met(
+    not_met,  # your function of layers (name → module) and of a call without arguments
+) -> None:
+    "Check exercise 3 on five layers of which three are called, one of them twice."
+    layers, runs = {f"layer{i}": nn.Linear(2, 2) for i in range(5)}, []
+    order = [f"layer{i}" for i in torch.randperm(5).tolist()]
+    called = [*order[:3], order[0]]
+    def run(): runs.append([layers[name](torch.randn(1, 2)) for name in called])
+    got, want = sorted(not_met(layers, run)), sorted(order[3:])
+    given = f"of five layers {called} were called: got {got}, want {want}"
+    assert len(runs) == 1, f"run() was called {len(runs)} times, want once"
+    assert not set(got) & set(called), f"some of these were called: {given}"
+    assert got == want, f"wrong: {given}"
+    left = [n for n, layer in layers.items() if layer._forward_pre_hooks or layer._forward_hooks]
+    assert not left, f"a hook was left behind on {left}: it would listen for ever"

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['parse_pattern', 'check_target', 'select', 'apply_mask', 'sparsity_of', 'has_pattern', 'check_select_columns',
-           'check_patterns']
+           'check_patterns', 'check_lost_in']
 
-# %% ../nbs/10_masks.ipynb #28332084
+# %% ../nbs/10_masks.ipynb #f5257e2f
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
@@ -108,25 +109,45 @@ def has_pattern(
     if weight.shape[1] % m: return False
     return bool(((weight.reshape(-1, m) != 0).sum(1) <= n).all())
 
-# %% ../nbs/10_masks.ipynb #7c972901
+# %% ../nbs/10_masks.ipynb #2ff80987
 def check_select_columns(
     select_columns,  # your function of (score, sparsity)
 ) -> None:
-    "Check exercise 1 on a random score."
-    score = torch.rand(6, 4)
+    "Check exercise 1 on a random score; says which column is wrong."
+    score = torch.rand(6, 4) + torch.arange(4)  # each column higher than the one before
     mask = select_columns(score, 0.5)
     assert mask.shape == score.shape, f"shape {tuple(mask.shape)}, want {tuple(score.shape)}"
+    assert mask.dtype == torch.bool, f"a mask is bool, not {mask.dtype}"
     gone = (~mask).sum(0).tolist()
-    assert gone == [3] * 4, f"zeros per column: {gone}, want [3, 3, 3, 3] (columns are dim 0 sums)"
-    kept = torch.where(mask, score, 2).amin(0), torch.where(mask, -1, score).amax(0)
-    assert (kept[0] > kept[1]).all(), "a pruned score is above a kept one: keep the high ones"
+    assert gone == [3] * 4, f"zeros per column: {gone}, want [3, 3, 3, 3]: compare within a column"
+    for j, (column, kept) in enumerate(zip(score.T, mask.T)):
+        assert column[kept].min() > column[~kept].max(), (
+            f"column {j}, {column.tolist()}: a pruned score is above a kept one: keep high ones")
 
-# %% ../nbs/10_masks.ipynb #a9e0c47a
+# %% ../nbs/10_masks.ipynb #7f910cd6
 def check_patterns(
     patterns,  # your function of (n, m)
 ) -> None:
-    "Check exercise 2 by enumeration."
-    import itertools
-    for n, m in ((2, 4), (1, 4), (4, 8)):
-        want = sum(sum(bits) == n for bits in itertools.product((0, 1), repeat=m))
-        assert patterns(n, m) == want, f"{n}:{m}: got {patterns(n, m)}, want {want}"
+    "Check exercise 2 by enumeration, for 2:4 and for random N and M."
+    from itertools import product
+    m = torch.randint(3, 9, ()).item()
+    for n, m in ((2, 4), (torch.randint(1, m, ()).item(), m)):
+        got, want = patterns(n, m), sum(sum(bits) == n for bits in product((0, 1), repeat=m))
+        hint = {math.perm(m, n): "it does not matter in which order weights are kept",
+                2 ** m: "not every mask of m weights keeps exactly n"}.get(got, "wrong")
+        assert got == want, f"{n}:{m}: {hint}: got {got}, want {want}"
+
+# %% ../nbs/10_masks.ipynb #6fe7e5f9
+def check_lost_in(
+    lost_in,  # your function of a pruned weight (out, in) and a dtype
+) -> None:
+    "Check exercise 3 on large, tiny and pruned weights in random places; says which is wrong."
+    tiny = torch.tensor([1e-9, -1e-9, 1e-6, 0.0, 0.0, 0.1])
+    weight = torch.cat([tiny, torch.randn(18) * 10 ** (-12 * torch.rand(18))])
+    weight = weight[torch.randperm(24)].view(4, 6)
+    for dtype, largest in ((torch.float16, 2 ** -25), (torch.bfloat16, 0)):  # what falls to zero
+        got, want = lost_in(weight, dtype), (weight != 0) & (weight.abs() <= largest)
+        for i, j in (got != want).nonzero().tolist():
+            why = ("was pruned before: it is not lost" if weight[i, j] == 0 else
+                   "does not become zero" if got[i, j] else "becomes zero")
+            raise AssertionError(f"row {i}, column {j}, {dtype}: {weight[i, j].item():.3g} {why}")

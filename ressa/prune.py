@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PART_COLORS', 'Method', 'method_of', 'as_target', 'targets', 'LayerReport', 'estimated_error',
-           'PruneReport', 'unusable', 'prune_alike', 'prune_layers', 'prune', 'plot_report', 'check_prune_chain']
+           'PruneReport', 'unusable', 'prune_alike', 'prune_layers', 'prune', 'plot_report', 'check_prune_chain',
+           'check_at_random', 'check_whole_sparsity']
 
-# %% ../nbs/14_prune.ipynb #da5d4246
+# %% ../nbs/14_prune.ipynb #5cd5098a
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers.integrations.accelerate import offload_weight
 from .data import pick_device, to_device
 from .dsnot import dsnot
-from .masks import check_target, sparsity_of
+from .masks import check_target, has_pattern, sparsity_of
 from .modality import ModalityMap, modality_map, per_layer
 from .passes import (before_first_call, blocks_of, in_pieces, inputs_of, number_of_rows,
                           shared_inputs, split_rows)
@@ -388,23 +389,52 @@ def plot_report(
     ax.legend(ncols=3, loc="upper left")
     return ax
 
-# %% ../nbs/14_prune.ipynb #57add91d
+# %% ../nbs/14_prune.ipynb #83499c6d
 def check_prune_chain(
     prune_chain,  # your function of (chain, x, sparsity), in place
 ) -> None:
-    "Check exercise 1 on a random chain; says at which layer the masks part."
-    from copy import deepcopy
-    chain, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(20, 6)
-    want, yours = deepcopy(chain), deepcopy(chain)
-    inputs, dense_second = x, chain[1](chain[0](x)).detach()
-    for layer in want:
-        if isinstance(layer, nn.Linear):
-            layer.weight.data = wanda(layer.weight.data, Statistics.of(inputs), sparsity=0.5)
-        inputs = layer(inputs).detach()
-    prune_chain(yours, x, 0.5)
-    first, second = (torch.equal(yours[i].weight, want[i].weight) for i in (0, 2))
-    assert first, "layer 0 differs: prune it by Wanda on x, in place"
-    stale = wanda(chain[2].weight.data, Statistics.of(dense_second), sparsity=0.5)
-    assert second or not torch.equal(yours[2].weight, stale), (
-        "layer 2 was judged on the inputs of the dense model: compute them with the pruned layer 0")
-    assert second, "layer 2 differs: prune it by Wanda on the output of the layers before it"
+    "Check exercise 1 on a random chain; says at which layer and weight the masks part."
+    chain, x = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(20, 6)
+    dense = [chain[i].weight.detach().clone() for i in (0, 2)]
+    def second(): return wanda(dense[1], Statistics.of(chain[:2](x).detach()), sparsity=0.5)
+    first, stale = wanda(dense[0], Statistics.of(x), sparsity=0.5), second()
+    prune_chain(chain, x, 0.5)
+    hint = {0: "prune it by Wanda on x, in place", 2: "prune it by Wanda on what reaches it now"}
+    if torch.equal(chain[2].weight, stale):
+        hint[2] = "it was judged on the inputs of the dense model: the pruned layer 0 gives others"
+    for i, want in ((0, first), (2, second())):
+        wrong = (chain[i].weight != want).nonzero().tolist()
+        assert not wrong, f"layer {i} differs at {wrong[0]}: {hint[i]}"
+
+# %% ../nbs/14_prune.ipynb #7aa8e6ee
+def check_at_random(
+    at_random,  # your function of weight, stats, sparsity and pattern
+) -> None:
+    "Check exercise 2 on a random weight (8, 16), for 50 % and for 2:4."
+    weight, stats = torch.randn(8, 16), Statistics.of(torch.randn(3, 16))
+    before = weight.clone()
+    for goal in (0.5, "2:4"):
+        pruned, other = (at_random(weight, stats, **as_target(goal)) for _ in range(2))
+        assert torch.equal(weight, before), f"{goal}: the weight was changed in place: copy it"
+        zeros = (pruned == 0).sum(1).tolist()
+        assert zeros == [8] * 8, f"{goal}: zeros of the rows {zeros}, want 8 of 16 in each"
+        assert goal == 0.5 or has_pattern(pruned, goal), "2:4: the pattern is not kept: hand it on"
+        assert ((pruned == 0) | (pruned == weight)).all(), f"{goal}: a kept weight has changed"
+        assert not torch.equal(pruned, other), f"{goal}: the same weights fall twice: draw anew"
+
+# %% ../nbs/14_prune.ipynb #b9c18dea
+def check_whole_sparsity(
+    whole_sparsity,  # your function of a `PruneReport`
+) -> None:
+    "Check exercise 3 on the report of two random layers of each part."
+    def line(part): return LayerReport("layer", part, tuple(torch.randint(4, 99, (2,)).tolist()),
+                                       0.5, torch.rand(()).item(), error=0.3, tokens=9, seconds=0.0)
+    report = PruneReport([line(part) for part in ("vision", "vision", "language", "language")])
+    parts, measured = report.parts().values(), [layer.sparsity for layer in report.layers]
+    got = whole_sparsity(report)
+    want = sum(p["sparsity"] * p["weights"] for p in parts) / sum(p["weights"] for p in parts)
+    hints = {"layers have different sizes": sum(measured) / 4, "that was the target": 0.5,
+             "parts have different sizes": sum(p["sparsity"] for p in parts) / 2}
+    hint = next((hint for hint, wrong in hints.items() if abs(got - wrong) < 1e-9), "wrong")
+    shapes = [layer.shape for layer in report.layers]
+    assert abs(got - want) < 1e-9, f"{hint}: got {got}, want {want} for {shapes} and {measured}"

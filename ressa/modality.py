@@ -57,22 +57,22 @@ def _asked(model, part, roots):
     overlaps = any(root.startswith(f"{path}.") or f"{path}.".startswith(root) for root in begun)
     return None if overlaps else path
 
-# %% ../nbs/00_modality.ipynb #59e421c6
+# %% ../nbs/00_modality.ipynb #293a5294
 def part_roots(
     model: nn.Module,  # any vision-language model of transformers
 ) -> dict[str, str]:  # path → part
     "Find where the parts of `model` begin. Raises `ValueError` if vision or language is missing."
     kind = type(model).__name__
-    roots = dict(CLASSES.get(kind) or _named(model))
+    roots, guessed = dict(CLASSES.get(kind) or _named(model)), False
     for part in ("vision", "language"):
         if part in roots.values(): continue
         path, names = _asked(model, part, roots), ", ".join(BEGINS[part])
         if path is None:
             raise ValueError(f"{kind} has no {part} part that ressa knows: looked for {names}. "
                              "Say where its parts begin in `ressa.modality.CLASSES`.")
-        roots[path] = part
-        warnings.warn(f"{kind} is new to ressa: its {part} part is taken to begin at {path!r}. If "
-                      "that is wrong, say where it begins in `ressa.modality.CLASSES`.")
+        roots[path], guessed = part, True
+    if guessed: warnings.warn(f"{kind} is new to ressa: its parts are taken to begin at {roots}. "
+                              "If that is wrong, say where in `ressa.modality.CLASSES`.")
     return roots
 
 # %% ../nbs/00_modality.ipynb #4de8a01f

@@ -75,33 +75,6 @@ def part_roots(
                               "If that is wrong, say where in `ressa.modality.CLASSES`.")
     return roots
 
-# %% ../nbs/00_modality.ipynb #4de8a01f
-@dataclass
-class ModalityMap:
-    "Which linear layer of a model belongs to which part, and what is left dense, with the reason."
-    linears: dict[str, dict[str, nn.Module]]  # part → {layer name: module}
-    left_dense: dict[str, str]  # name of a module or parameter → why it is never pruned
-    roots: dict[str, str]  # path → part
-
-    def part_of(self, name: str) -> str:
-        "The part that the module or parameter `name` belongs to."
-        inside = [root for root in self.roots if name == root or name.startswith(root + ".")]
-        return self.roots[max(inside, key=len)] if inside else "interface"
-
-    @property
-    def layers(self) -> dict[str, nn.Module]:
-        "All prunable layers of all parts: {layer name: module}."
-        return {name: m for part in PARTS for name, m in self.linears[part].items()}
-
-    def __repr__(self):
-        rows = []
-        for part, layers in self.linears.items():
-            weights = sum(m.weight.numel() for m in layers.values())
-            rows.append(f"{part:>10}: {len(layers):3d} linear layers, {weights:>13,} weights")
-        reasons = Counter(self.left_dense.values())
-        dense = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-        return "\n".join([*rows, f"left dense: {dense}"])
-
 # %% ../nbs/00_modality.ipynb #64bbf95d
 def _reason(module, head, shared):
     "Why a module that owns parameters stays dense; None if it is a prunable linear layer."
@@ -131,6 +104,33 @@ def _unread(model, roots, writes):
         states = [chosen] if isinstance(chosen, int) else chosen
         last = max(k if k >= 0 else blocks + 1 + k for k in states)
         yield from (f"{path}.{i}" for i in range(last, blocks))
+
+# %% ../nbs/00_modality.ipynb #4de8a01f
+@dataclass
+class ModalityMap:
+    "Which linear layer of a model belongs to which part, and what is left dense, with the reason."
+    linears: dict[str, dict[str, nn.Module]]  # part → {layer name: module}
+    left_dense: dict[str, str]  # name of a module or parameter → why it is never pruned
+    roots: dict[str, str]  # path → part
+
+    def part_of(self, name: str) -> str:
+        "The part that the module or parameter `name` belongs to."
+        inside = [root for root in self.roots if name == root or name.startswith(root + ".")]
+        return self.roots[max(inside, key=len)] if inside else "interface"
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        "All prunable layers of all parts: {layer name: module}."
+        return {name: m for part in PARTS for name, m in self.linears[part].items()}
+
+    def __repr__(self):
+        rows = []
+        for part, layers in self.linears.items():
+            weights = sum(m.weight.numel() for m in layers.values())
+            rows.append(f"{part:>10}: {len(layers):3d} linear layers, {weights:>13,} weights")
+        reasons = Counter(self.left_dense.values())
+        dense = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        return "\n".join([*rows, f"left dense: {dense}"])
 
 # %% ../nbs/00_modality.ipynb #bcac2609
 def _head(model, roots):

@@ -303,7 +303,7 @@ def test_cached_targets_are_those_of_the_model(patient, tmp_path, temperature):
 
 
 def test_encoder_decoder(bundled, data, tmp_path):
-    "Logits at i predict the label at i, and the labels reach the model, which makes its inputs of them."
+    "Logits at i predict the label at i; the labels reach the model, which makes its inputs of them, and no answer stands in the prompt."
     from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, T5Config
     model, processor = bundled
     config = model.config
@@ -315,7 +315,8 @@ def test_encoder_decoder(bundled, data, tmp_path):
     dense, student = (InstructBlipForConditionalGeneration(config).eval() for _ in range(2))
     assert is_causal(model) and not is_causal(dense)
     cached = cache_targets(data[0].select(range(6)), dense, processor, tmp_path / "said.arrow", k=10**6, batch_size=4)
-    batch = collate_targets(list(cached), processor)
+    batch = collate_targets(list(cached), processor, causal=False)
+    assert batch["labels"].shape[1] < batch["input_ids"].shape[1]
     with torch.no_grad(): logits = student(**model_inputs(batch)).logits
     losses = [loss_terms(logits, teacher(student, batch), batch["labels"], shift=False)[1]
               for teacher in (CachedTeacher(), ModelTeacher(dense))]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 
@@ -41,7 +42,11 @@ def student(folder):
         nbformat.write(handed_out(nbformat.read(path, 4)), folder / path.name)
     shutil.copytree(here / "results", folder / "results", dirs_exist_ok=True)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", str(folder), str(here.parent)], check=True)
+    with TemporaryDirectory() as clean:  # no build folder of earlier days, whose modules would come along
+        for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+            shutil.copy(here.parent / name, clean)
+        shutil.copytree(here.parent / "ressa", Path(clean) / "ressa")
+        subprocess.run([*build, "--wheel-dir", str(folder), clean], check=True)
     settings = ConfigParser(delimiters=["="])
     settings.read(here.parent / "settings.ini", encoding="utf-8")
     wheel = f"./ressa-{settings['DEFAULT']['version']}-py3-none-any.whl[dev]"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'NAMES', 'ROW_COLORS', 'HEAD', 'STYLE', 'won_back_shares', 'summary_rows', 'verdict', 'draw_accuracy',
-           'draw_training', 'image_tag', 'html_table', 'html_report', 'check_losses']
+           'draw_training', 'image_tag', 'html_table', 'html_report', 'check_honest_share', 'check_losses',
+           'check_lie_factor']
 
 # %% ../nbs/40_report.ipynb #0464dcbc
 import base64
@@ -150,17 +151,56 @@ def html_report(results: dict, done: dict, questions, captions) -> str:
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
             f"<body><h1>Pruned and repaired</h1>{body}</body></html>")
 
-# %% ../nbs/40_report.ipynb #c092d2f4
+# %% ../nbs/40_report.ipynb #44aacff5
+def check_honest_share(
+    honest_share,  # your function of four accuracies: dense, pruned, repaired, blind
+) -> None:
+    "Check exercise 1 on random accuracies; the repaired model may be better than the dense one."
+    rng = np.random.default_rng()
+    low, high, dense = rng.uniform(0.2, 0.4), rng.uniform(0.5, 0.7), rng.uniform(0.8, 0.9)
+    for repaired in (rng.uniform(high, dense), dense + 0.05):
+        want, wrong = (won_back(repaired, start, dense) for start in (high, low))
+        for pruned, blind in rng.permutation([(low, high), (high, low)]).tolist():
+            got = honest_share(dense, pruned, repaired, blind)
+            hint = f"the {'pruned' if pruned == low else 'blind'} model is the worse start"
+            if repaired > dense: hint = "take the better start, not the smaller share"
+            hint = hint if abs(got - wrong) < 1e-9 else "wrong"
+            given = f"{dense=:.3f} {pruned=:.3f} {repaired=:.3f} {blind=:.3f}"
+            assert abs(got - want) < 1e-9, f"{hint}: {given}: got {got:.3f}, want {want:.3f}"
+
+# %% ../nbs/40_report.ipynb #2616d12f
 def check_losses(
     losses,  # your function of a results dictionary
 ) -> None:
     "Check exercise 2 on random accuracies."
-    draw = np.random.default_rng().random
-    kinds = {kind: draw(2) for kind in ("color", "shape")}
+    rng = np.random.default_rng()
+    kinds = {kind: (rng.uniform(0.7, 0.9), rng.uniform(0.1, 0.6)) for kind in ("color", "shape")}
     rows = {row: {"by_type": {kind: {"accuracy": pair[i]} for kind, pair in kinds.items()}}
             for i, row in enumerate(("dense", "pruned"))}
     got = losses(rows)
     assert set(got) == set(kinds), f"types {sorted(got)}, want {sorted(kinds)}"
     for kind, (dense, pruned) in kinds.items():
-        hint = "the sign is turned" if abs(got[kind] - (pruned - dense)) < 1e-9 else "wrong"
-        assert abs(got[kind] - (dense - pruned)) < 1e-9, f"{kind}: {hint}: got {got[kind]:.3f}"
+        want = dense - pruned
+        hints = {"the sign is turned": -want, "points, not a share of the dense": want / dense}
+        hint = next((hint for hint in hints if abs(got[kind] - hints[hint]) < 1e-9), "wrong")
+        given = f"{kind}: {dense=:.3f} {pruned=:.3f}: got {got[kind]:.3f}, want {want:.3f}"
+        assert abs(got[kind] - want) < 1e-9, f"{hint}: {given}"
+
+# %% ../nbs/40_report.ipynb #2b238eed
+def check_lie_factor(
+    lie_factor,  # your function of two values, the smaller first, and of the start of the axis
+) -> None:
+    "Check exercise 3 on random values."
+    rng = np.random.default_rng()
+    axis_from, small = rng.uniform(0.3, 0.45), rng.uniform(0.5, 0.7)
+    large = small + rng.uniform(0.05, 0.2)
+    drawn, true = ((large - small) / (small - start) for start in (axis_from, 0))
+    got, want = lie_factor(small, large, axis_from), drawn / true
+    hints = {"that is the effect shown; divide by the effect in the data": drawn,
+             "that is a ratio of lengths; an effect is a difference, relative to one": 1 + drawn,
+             "two ratios; an effect is a difference, relative to one": (1 + drawn) / (1 + true),
+             "upside down": 1 / want}
+    hint = next((hint for hint, wrong in hints.items() if abs(got - wrong) < 1e-9), "wrong")
+    given = f"{small=:.3f} {large=:.3f} {axis_from=:.3f}: got {got:.3f}, want {want:.3f}"
+    assert abs(got - want) < 1e-6, f"{hint}: {given}"
+    assert abs(lie_factor(small, large, 0) - 1) < 1e-6, "an axis from zero does not lie: want 1"

@@ -46,7 +46,7 @@ def _settle(file):
     file.flush()
     os.fsync(file.fileno())
 
-# %% ../nbs/40_storage.ipynb #820d51c7
+# %% ../nbs/40_storage.ipynb #eaf415d6
 def _write_file(path, tensors, packed):
     "Write one safetensors file; returns tensor name → checksum of its bytes."
     room, rows, end, sums = _room(tensors, packed), [], 0, dict.fromkeys(tensors, 0)
@@ -54,10 +54,10 @@ def _write_file(path, tensors, packed):
         file.seek(8 + room)
         for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
             for key, (dtype, shape, data) in _entries(name, tensor[...], packed).items():
-                file.write(data)
                 sums[name] = zlib.crc32(data, sums[name])
                 rows.append((key, dtype, shape, end, end + data.nbytes))
-                end += data.nbytes
+                end += file.write(data)
+            data = None  # let go of it before the next is packed
         file.seek(0)
         file.write(room.to_bytes(8, "little") + _header(rows).ljust(room))
         _settle(file)

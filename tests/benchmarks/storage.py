@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import time
+import warnings
 import zlib
 
 import torch
@@ -52,6 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Sparse CSR")
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     rows = [packing(dtype, target, args.width, args.rounds)

@@ -91,13 +91,14 @@ def dsnot(
     _trade(values.to(dtype), kept, error, *inputs, m, max_cycles, tolerance)
     return apply_mask(values, kept)
 
-# %% ../nbs/13_dsnot.ipynb #bda52ced
+# %% ../nbs/13_dsnot.ipynb #3440723e
 def check_row_error(
     row_error,  # your function of weight (out, in), pruned (out, in) and mean (in,)
 ) -> None:
     "Check exercise 1 on a random 3×3 weight; says what is probably wrong."
     for _ in range(5):
-        weight, mean = torch.randn(3, 3), torch.randn(3)
+        weight, mean = torch.randn(3, 3), (torch.rand(3) + 0.2) * torch.tensor([1, 1, -1])
+        weight[0] = weight[0].abs()  # two contributions that cancel
         pruned = weight * torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1]])
         got, want = row_error(weight, pruned, mean), (weight - pruned) @ mean
         assert got.shape == want.shape, f"shape {tuple(got.shape)}, want (3,): one number per row"

@@ -99,7 +99,7 @@ def test_prune_saves_a_sparse_model(tmp_path):
     (["--distill-weight", "2"], "--distill-weight must be in [0, 1]"),
     (["--temperature", "0"], "--temperature must be above 0"),
     (["--device", "abacus"], "device 'abacus' is unknown"),
-    (["--calibration", "1000000"], "calibration rows wanted"),
+    (["--calibration", "1000000"], "rows are there"),
     (["--model", "no/such-model"], "no vision-language model there"),
 ])
 def test_bad_wishes(tmp_path, capsys, wrong, said):
@@ -174,3 +174,79 @@ def test_help_teaches():
         done = ressa(*command, "--help")
         assert done.returncode == 0 and "examples:" in done.stdout
     assert "in [0, 1)" in ressa("repair", "--help").stdout
+
+
+@pytest.fixture(scope="module")
+def vqav2(tmp_path_factory):
+    "Twelve rows a split in VQAv2's columns, in a folder of parquet files."
+    from datasets import Dataset
+    from tiny_models import picture
+    folder = tmp_path_factory.mktemp("vqav2")
+    for split in ("train", "validation"):
+        rows = [dict(image=picture(20, 24, i), question="what color is the shape ?", answer_type="other", image_id=i,
+                     multiple_choice_answer="red", answers=[dict(answer=a, answer_confidence="yes", answer_id=k)
+                                                            for k, a in enumerate(["red"] * 7 + ["blue"] * 3)])
+                for i in range(12)]
+        Dataset.from_list(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def saved(name, folder):
+    "A tiny model of a real class with its processor, as a hub repository holds them."
+    from tiny_models import tiny
+    _, processor = tiny(name, folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+TINY_RUN = ["--limit", "8", "--calibration", "4", "--test-batch", "4", "--sparsity", "0.5"]
+
+
+@pytest.mark.parametrize("name", ["LLaVA", "Idefics3", "InstructBLIP, T5"])
+def test_repair_of_another_model_on_other_data(tmp_path, vqav2, name):
+    from ressa.cli import load_model, main, part_sparsity
+    model, out = saved(name, tmp_path / "model"), tmp_path / "out"
+    assert main(["repair", "--model", str(model), "--data", str(vqav2), "--out", str(out), "--steps", "2",
+                 "--batch-size", "4", *TINY_RUN]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["dense"]["metric"] == "VQA accuracy" and results["zeros_filled"] == 0
+    assert results["blind"]["accuracy"] == 1  # the commonest answer, and more than three people gave it
+    for row in ("dense", "pruned", "plain_lora", "repaired"): assert 0 <= results[row]["accuracy"] <= 1
+    assert (out / "report.html").read_text().endswith("</html>")
+    repaired, processor = load_model(str(out / "model"), "cpu")
+    assert part_sparsity(repaired)["language"] == pytest.approx(0.5, abs=0.01)
+    assert main(["evaluate", "--model", str(out / "model"), "--data", str(vqav2), "--limit", "4"]) == 0
+
+
+def test_evaluate_and_prune_on_other_data(tmp_path, vqav2, capsys):
+    from ressa.cli import load_model, main
+    model = saved("LLaVA", tmp_path / "model")
+    assert main(["evaluate", "--model", str(model), "--data", str(vqav2), "--split", "train[:5]"]) == 0
+    assert "VQA accuracy" in (said := capsys.readouterr().out) and "all      5" in said
+    assert main(["prune", "--model", str(model), "--data", str(vqav2), "--dtype", "bfloat16", "--pattern", "2:4",
+                 "--calibration", "4", "--out", str(tmp_path / "out")]) == 0
+    pruned, _ = load_model(str(tmp_path / "out" / "model"), "cpu", "bfloat16")
+    assert str(pruned.dtype) == "torch.bfloat16"
+    assert main(["evaluate", "--model", str(model), "--limit", "2"]) == 0  # easy-VQA, in the model's own manner
+
+
+def test_two_towers_are_measured_by_retrieval(tmp_path, capsys):
+    from ressa.cli import main
+    model = saved("CLIP", tmp_path / "model")
+    assert main(["prune", "--model", str(model), "--calibration", "4", "--sparsity", "0.5", "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(tmp_path / "out" / "model"), "--limit", "12"]) == 0
+    assert "image→text: R@1" in (said := capsys.readouterr().out) and "text→image: R@1" in said
+    assert main(["repair", "--model", str(model), "--out", str(tmp_path / "no"), *TINY_RUN]) == 2
+    assert "two towers" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (["--data", "no/such-data"], "data no/such-data"), (["--split", "test"], "Unknown split"),
+    (["--train-split", "training"], "say which split"), (["--dtype", "int3"], "dtype must be one of"),
+    (["--train-limit", "0"], "--train-limit must be 1 or more"), (["--calibration", "13"], "only 12 rows are there")])
+def test_bad_wishes_about_data(tmp_path, vqav2, capsys, wrong, said):
+    from ressa.cli import main
+    assert main(["repair", "--data", str(vqav2), "--calibration", "4", *wrong, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()

@@ -108,7 +108,7 @@ def _references(data, column):
                                "the test split of a challenge: take another split")
     return texts
 
-# %% ../nbs/07_hub_data.ipynb #2dd9d1fc
+# %% ../nbs/07_hub_data.ipynb #7f74753b
 def _images(data, column, folder):
     "The column of images alone, as RGB; paths in a file are relative to its folder."
     images = data.select_columns([column]).flatten_indices()
@@ -116,7 +116,7 @@ def _images(data, column, folder):
     table = InMemoryTable(images.with_format("arrow")[:])
     images = Dataset(table, info=DatasetInfo(features=images.features))
     if column != "image": images = images.rename_column(column, "image")
-    if getattr(images.features["image"], "dtype", None) == "string":
+    if getattr(images.features["image"], "dtype", None) in ("string", "large_string"):
         paths = [Path(folder) / path for path in images["image"]]
         missing = [path.name for path in paths if not path.is_file()]
         if missing: raise ValueError(f"{len(missing)} of {len(paths)} image files are missing, "
@@ -201,13 +201,13 @@ def _read(name, config, split, limit):
     if limit: data = data.select(range(min(limit, len(data)))) if sliced else _first(data, limit)
     return data, path.parent if path.is_file() else path
 
-# %% ../nbs/07_hub_data.ipynb #546c4c13
+# %% ../nbs/07_hub_data.ipynb #ff60f0cd
 def _first(stream, limit):
     "The first rows of a stream as a data set."
-    features = stream.features or {}
-    for name, feature in features.items():
+    stream = stream.take(limit)
+    for name, feature in (stream.features or {}).items():
         if isinstance(feature, Image): stream = stream.cast_column(name, Image(decode=False))
-    return Dataset.from_list(list(stream.take(limit)), features=stream.features)
+    return Dataset.from_list(list(stream), features=stream.features)
 
 # %% ../nbs/07_hub_data.ipynb #c8a35068
 def _join_images(data, name, config, split):
@@ -219,12 +219,12 @@ def _join_images(data, name, config, split):
     images = images.select_columns(["image"]).select([place[key] for key in data["imageId"]])
     return concatenate_datasets([data, images], axis=1)
 
-# %% ../nbs/07_hub_data.ipynb #b17a3b26
+# %% ../nbs/07_hub_data.ipynb #16e375a0
 def load_data(
     name: str,  # a hub id, a folder, or a file in parquet, json or csv
     split: str | None = None,  # such as "validation" or "train[:1000]"; None: see `TEST_SPLITS`
     config: str | None = None,  # the part of a data set that has several
-    limit: int | None = None,  # the first so many rows only; nothing more is downloaded
+    limit: int | None = None,  # the first so many rows only; later files stay unread
     processor=None,  # of the model that will read the prompts; None: InstructBLIP's manner
     columns: dict | None = None,  # your own choice of columns, see `find_columns`
     task: str | None = None,  # "vqa" or "caption"; None: told from the columns
@@ -273,7 +273,7 @@ def writes_apart(model) -> bool:
     config = model.config
     return bool(config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
 
-# %% ../nbs/07_hub_data.ipynb #32a9290c
+# %% ../nbs/07_hub_data.ipynb #13f13af7
 def model_batch(
     model,  # any vision-language model
     rows,  # a list of rows with image, prompt and answer
@@ -283,7 +283,8 @@ def model_batch(
     if has_towers(model):
         texts = dict(text=[row["answer"] for row in rows], truncation=True, return_tensors="pt")
         padding = "max_length" if "siglip" in model.config.model_type else True
-        return dict(processor(images=[row["image"] for row in rows], padding=padding, **texts))
+        return dict(processor(images=[row["image"] for row in rows], padding=padding,
+                              padding_side="right", **texts))
     return collate(rows, processor, causal=not writes_apart(model))
 
 # %% ../nbs/07_hub_data.ipynb #11881528

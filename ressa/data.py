@@ -168,10 +168,11 @@ def collate(
     batch = _pad_right(dict(batch), "qformer_input_ids", "qformer_attention_mask")
     if not answers: return batch
     answer_ids = _answer_ids([row["answer"] for row in rows], processor.tokenizer)
-    if not causal:
-        return batch | {"labels": pad_sequence(answer_ids, batch_first=True, padding_value=-100)}
+    behind = answer_ids if causal else [ids[:0] for ids in answer_ids]
     kind = ANSWER_KIND.get(type(processor).__name__, 0)
-    return _append(batch, answer_ids, processor.tokenizer.pad_token_id, kind)
+    batch = _append(batch, behind, processor.tokenizer.pad_token_id, kind)
+    if causal: return batch
+    return batch | {"labels": pad_sequence(answer_ids, batch_first=True, padding_value=-100)}
 
 # %% ../nbs/01_data.ipynb #5804c3b2
 def calibration_batch(

@@ -211,17 +211,6 @@ def test_sensitivity_leaves_the_model_dense(ready):
     assert all(row[0] == pytest.approx(loss_of(model, batch), abs=1e-7) and row[2] > row[0] for row in losses.values())
 
 
-def test_explorer_draws_when_a_slider_moves(ready, monkeypatch):
-    import matplotlib.pyplot as plt
-    import ressa.where as where
-    drawn = []
-    monkeypatch.setattr(where, "draw", lambda state, *_: drawn.append(state))
-    monkeypatch.setattr(plt, "show", lambda: None)
-    box = where.explorer(dict(grid=[0, 0.9], accuracy=[[1, 0], [1, 0]]), Trials(*ready))
-    box.children[0].value, box.children[2].value = 0.8, box.children[2].options[-1]
-    assert drawn[-1] == dict(vision=0.8, language=0.5, layer=box.children[2].options[-1])
-
-
 def test_explorer_picture(ready):
     import matplotlib.pyplot as plt
     from ressa.where import draw

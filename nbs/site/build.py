@@ -174,12 +174,15 @@ def prepare(folder):
 
 def build(out):
     "Make the site in a folder; a warning is an error."
-    root, default = get_config().config_path, get_config().doc_path
-    sources = root / "_proc" / "site" if out == default else out.with_name(out.name + "-sources")
-    for folder in (sources, out): shutil.rmtree(folder, ignore_errors=True)
+    root = get_config().config_path
+    work = root / "_proc" if out == get_config().doc_path else out.with_name(out.name + "-made")
+    sources, html = work / "sources", work / "html"
+    for folder in (sources, html): shutil.rmtree(folder, ignore_errors=True)
     prepare(sources)
     subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", HERE,
-                    "-d", sources / ".doctrees", sources, out], check=True, cwd=root)
+                    "-d", work / "doctrees", sources, html], check=True, cwd=root)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(html, out)
 
 
 if __name__ == "__main__":

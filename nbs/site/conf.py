@@ -1,4 +1,5 @@
 """How Sphinx makes the site. Every script comes out of an installed package: pages need no network."""
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,6 @@ extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.mathjax",
 exclude_patterns = ["notebooks"]
 highlight_language = "text"
 viewcode_follow_imported_members = False  # else it imports the library
-maximum_signature_line_length = 70
 python_display_short_literal_types = True
 add_module_names = False
 copybutton_selector = "div.highlight pre"
@@ -35,10 +35,11 @@ myst_heading_anchors = 3
 mathjax_path = "tex-svg.js"
 html_title = project
 html_theme = "sphinx_book_theme"
-html_static_path = [
-    "static", str(package("sphinx-mathjax-offline", "static", "mathjax", "tex-svg.js")),
-    str(package("shinywidgets", "static", "libembed-amd.js")),
-    str(package("shiny", "www", "shared", "requirejs", "require.min.js"))]
+widgets = package("shinywidgets", "static")
+html_static_path = ["static", *map(str, [
+    package("sphinx-mathjax-offline", "static", "mathjax", "tex-svg.js"),
+    package("shiny", "www", "shared", "requirejs", "require.min.js"),
+    widgets / "libembed-amd.js", *widgets.glob("*.woff2")])]
 html_css_files = ["ressa.css"]
 html_js_files = [("ressa.js", {"priority": 250})]
 html_copy_source = html_show_sourcelink = False
@@ -75,10 +76,11 @@ def nbdev_anchors(app, doctree):
 
 def local_fonts(app, error):
     "The widgets' script asks a server for its icon font by address: let it look beside the page."
+    if error: return
     script = Path(app.outdir, "_static", "libembed-amd.js")
     text = script.read_text(encoding="utf-8")
-    script.write_text(text.replace("https://unpkg.com/@jupyter-widgets/html-manager@0.20.0/dist/", "_static/"),
-                      encoding="utf-8")
+    script.write_text(re.sub(r"https://unpkg\.com/@jupyter-widgets/html-manager@[\d.]+/dist/",
+                             "_static/", text), encoding="utf-8")
 
 
 def setup(app):

@@ -165,7 +165,7 @@ def peft_targets(
                 rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
                 alpha_pattern={f"^{name}": alphas[name] for name in ranks})
 
-# %% ../nbs/30_sparselora.ipynb #3b32245f
+# %% ../nbs/30_sparselora.ipynb #87b70641
 class SparseLoraModel(LoraModel):
     "PEFT's LoRA model with `SparseLoraLinear` layers and ranks by part."
 
@@ -177,8 +177,10 @@ class SparseLoraModel(LoraModel):
 
     @staticmethod
     def _create_new_module(config, adapter_name, target, *, r, lora_alpha, **kwargs):
-        if not isinstance(target, nn.Linear) or not target.weight.is_floating_point():
-            kind = type(target).__name__
+        usable = isinstance(target, nn.Linear) and target.weight.is_floating_point()
+        offloaded = usable and target.weight.is_meta and hasattr(target, "_hf_hook")
+        if offloaded or not usable:
+            kind = "offloaded layer" if offloaded else type(target).__name__
             raise ValueError(f"SparseLoRA adapts nn.Linear layers of floats, not this {kind}")
         return SparseLoraLinear(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
 

@@ -100,3 +100,10 @@ def test_blocks_that_are_fetched_whole_are_refused(bundled, data, tmp_path):
     model = cpu_offload(dense, execution_device=CPU, preload_module_classes=["InstructBlipMLP"])
     with pytest.raises(ValueError, match="placeholder.*no place"):
         prune(model, calibration_batch(data[0], processor, n=4), sparsity=0.5, progress=False)
+
+
+def test_adapters_on_placeholders_are_refused(bundled, data, tmp_path):
+    "They would compute with whatever lies there, and say nothing."
+    from peft import get_peft_model
+    from ressa.sparselora import SparseLoraConfig
+    with pytest.raises(ValueError, match="offloaded layer"): get_peft_model(on_disk(bundled[0], tmp_path), SparseLoraConfig())

@@ -16,7 +16,7 @@ test: $(VENV)/developing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 site: $(VENV)/developing
-	$(BIN)/python nbs/site/build.py
+	$(BIN)/python nbs/site/make.py
 
 lab: $(VENV)/developing
 	$(BIN)/jupyter lab --notebook-dir nbs

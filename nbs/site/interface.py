@@ -60,7 +60,7 @@ def signature(node):
 def docment(lines, node):
     "The comment behind a parameter, or the comment lines above it."
     behind = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-    if found := re.match(r"[^#\"']*# *(.+)", behind): return found.group(1)
+    if found := re.match(r"[^#)\"']*# *(.+)", behind): return found.group(1)
     above = []
     for line in reversed(lines[:node.lineno - 1]):
         if not (found := re.match(r" *# *(.+)", line)): break

@@ -1,6 +1,6 @@
 """Make the site: notebooks, as nbdev processes them, become pages that need no network.
 
-    python nbs/site/build.py [folder]     # by default the `doc_path` of settings.ini
+    python nbs/site/make.py [folder]     # by default the `doc_path` of settings.ini
 """
 import ast
 import re
@@ -20,7 +20,7 @@ from interface import definitions, entry, symbols
 
 HERE = Path(__file__).resolve().parent
 PARTS = {"0": "The model", "1": "Prune", "2": "Allocate", "3": "Repair", "4": "Ship", "5": "Scale",
-         "9": "Reference"}
+         "9": "Reference"}  # by the first digit, for a notebook that the table of index.ipynb lacks
 HIDDEN = {"hide", "default_exp", "exporti", "include:"}
 BADGES = {"gpu", "slow"}  # directives that the page shows
 
@@ -116,6 +116,7 @@ def page(path, names, pages, config):
             continue
         flush()
         source, entries = None, []
+        if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
         if cell.cell_type == "markdown": cells.append(markdown(cell.source))
         elif cell.cell_type != "code" or not cell.source.strip() or HIDDEN & directives.keys(): continue
         elif {"export", "exports"} & directives.keys(): source = cell.source
@@ -137,14 +138,24 @@ def title(path):
     return re.search(r"^# (.+)$", text, re.M).group(1)
 
 
-def contents(pages):
-    "The table of contents of the site, of {source file: title}; hidden on the page itself."
+def parts_of(index):
+    "The part of each notebook in the table of index.ipynb: {stem: part}."
+    parts, part = {}, ""
+    for cell in index.cells:
+        for name, stem in re.findall(r"^\| *([\w ]*?) *\| \[\w+\]\((\w+)\.ipynb\)", cell.source, re.M):
+            part = name or part
+            parts[stem] = part.capitalize()
+    return parts
+
+
+def contents(pages, known):
+    "The table of contents, of {source file: title}; hidden on the page itself. `known`: {stem: part}."
     parts = {part: [] for part in [*PARTS.values()][:-1] + ["Teaching", "Reference"]}
     for path, heading in pages.items():
         numbered = path.stem[0].isdigit()
-        part = PARTS[path.stem[0]] if numbered else "Teaching"
+        part = known.get(path.stem, PARTS[path.stem[0]]) if numbered else "Teaching"
         number = f"{path.stem[:2]} · " if numbered and part != "Reference" else ""
-        parts[part].append(f"{number}{heading} <{docname(path)}>")
+        parts.setdefault(part, []).append(f"{number}{heading} <{docname(path)}>")
     parts["Reference"].append("Index of names <genindex>")
     return "\n".join(f"```{{toctree}}\n:hidden:\n:caption: {part}\n\n" + "\n".join(lines) + "\n```\n"
                      for part, lines in parts.items() if lines)
@@ -168,7 +179,8 @@ def prepare(folder):
         shutil.copy(path, folder / "notebooks")
         nb = page(path, names, pages, config)
         if path.stem == "index":
-            nb.cells.append(markdown(contents({p: title(p) for p in notebooks + texts if p != path})))
+            titles = {p: title(p) for p in notebooks + texts if p != path}
+            nb.cells.append(markdown(contents(titles, parts_of(nbformat.read(path, 4)))))
         nbformat.write(nb, folder / f"{docname(path)}.ipynb")
 
 

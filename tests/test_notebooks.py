@@ -4,7 +4,7 @@ import re
 
 import nbformat
 import pytest
-from notebooks import PATHS, STATE, run, text_outputs, widget_views
+from notebooks import NBS, PATHS, STATE, run, text_outputs, widget_views
 
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
@@ -36,3 +36,17 @@ def test_widgets_keep_their_state(path):
     for name in reached: reached += set(re.findall(r"IPY_MODEL_(\w+)", json.dumps(models[name]))) - set(reached)
     assert set(models) == set(reached)
     assert 'role=\\"alert\\"' not in json.dumps(models)
+
+
+def test_the_syllabus_has_every_lesson_with_its_minutes():
+    "The name and minutes of every lesson, and of every exercise that the syllabus names."
+    text = (NBS / "syllabus.md").read_text()
+    told = dict(re.findall(r"\]\((\w+)\.ipynb\)\s*(?:\||\()\s*(\d+)", text))
+    exercises = re.findall(r"(\d\d) · (\d) \((\d+)\)", text)
+    for path in PATHS:
+        if not re.match(r"[0-5]\d_", path.name): continue
+        words = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+        assert told.get(path.stem) == re.search(r"\*\*Time\*\*: (\d+) minutes", words)[1], path.stem
+        for _, number, minutes in (e for e in exercises if path.stem.startswith(e[0])):
+            found = re.search(rf"^\*\*{number} · .+?, (\d+) minutes\)", words, re.M)
+            assert found and found[1] == minutes, f"{path.stem}: exercise {number}"

@@ -6,7 +6,7 @@
 __all__ = ['RIVALS', 'RATES', 'CACHE', 'rows_of', 'chosen_rows', 'pruned_model', 'repair_run', 'check_reported',
            'check_labels_worth', 'check_won_over_seeds']
 
-# %% ../nbs/33_ablations.ipynb #3430955e
+# %% ../nbs/33_ablations.ipynb #3a142c44
 import functools
 import json
 import os
@@ -26,9 +26,9 @@ from .evaluation import answer, exact_match
 from .passes import one_look_per_image
 from .prune import prune
 from .repair import RANKS, repair, zero_masks, zeros_filled
-from .studies import bench, pack_right
+from .studies import bench, pack_right, write_json
 
-# %% ../nbs/33_ablations.ipynb #d35c2625
+# %% ../nbs/33_ablations.ipynb #8903dabc
 RIVALS = {
     "RESSA": {},
     "plain LoRA, re-masked": dict(adapter="lora"),
@@ -37,23 +37,25 @@ RIVALS = {
     "biases and norms": dict(adapter="bias"),
     "labels alone": dict(distill_weight=0.0),
     "teacher alone": dict(distill_weight=1.0, rows="teacher's answers"),
+    "teacher everywhere": dict(distill_weight=0.1, positions="all"),
     "language alone": dict(r={"language": 8}),
     "vision alone": dict(r={"vision": 8}),
     "words alone": dict(r={"language": 8}, rows="grey images"),
     "no repair": dict(steps=0),
     "DSnoT": dict(steps=0, method="dsnot")}
 
-# %% ../nbs/33_ablations.ipynb #574c6df0
+# %% ../nbs/33_ablations.ipynb #bb40575e
 RATES = {  # learning rates: for a collapsed model, and for one that is only hurt
     "RESSA": (8e-3, 2e-3), "plain LoRA, re-masked": (8e-3, 5e-4), "HiRA": (3e-2, 3e-2),
-    "all kept weights": (2e-3, 5e-4), "biases and norms": (3e-2, 8e-3), "words alone": (2e-3, 2e-3)}
+    "all kept weights": (2e-3, 5e-4), "biases and norms": (3e-2, 8e-3),
+    "words alone": (2e-3, 2e-3), "teacher everywhere": (8e-3, 2e-3)}
 
 def _is_mild(target):
     "Whether a target leaves the bundled model standing: half or 60 % of its weights gone."
     if isinstance(target, dict): return sum(target.values()) / len(target) <= 0.6
     return target in ("0.5", "0.6", "2:4", "4:8")
 
-# %% ../nbs/33_ablations.ipynb #b9c39cb3
+# %% ../nbs/33_ablations.ipynb #86fbd9d3
 CACHE = Path(os.environ.get("RESSA_CACHE", Path.home() / ".cache" / "ressa"))
 
 def _kept(name, make):
@@ -61,9 +63,7 @@ def _kept(name, make):
     path = CACHE / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(make()))
-        os.replace(aside, path)
+        write_json(path, make())
     return json.loads(path.read_text())
 
 # %% ../nbs/33_ablations.ipynb #fe58183a
@@ -152,7 +152,7 @@ def _tested(model, validate):
     found = {task: float(values.mean()) for task, values in right.items()}
     return found | {f"{task}_right": pack_right(values) for task, values in right.items()}
 
-# %% ../nbs/33_ablations.ipynb #385e907e
+# %% ../nbs/33_ablations.ipynb #bf225292
 def repair_run(
     target: str | dict,  # as in `pruned_model`
     row: str,  # a key of `RIVALS`
@@ -171,8 +171,10 @@ def repair_run(
     if steps:
         if row == "labels alone": which = dict(labelled_only=True) | which
         data = chosen_rows(kind, seed=seed, leave=validate, **which)
+        everywhere = options.get("positions") == "all"  # cached targets are of answers only
+        teacher = load_bundled("auto")[0] if everywhere else CachedTeacher()
         with tempfile.TemporaryDirectory() as folder:
-            model, _ = repair(model, CachedTeacher(), data, bench().processor, folder, steps,
+            model, _ = repair(model, teacher, data, bench().processor, folder, steps,
                               seed=seed, disable_tqdm=True, save_strategy="no", **options)
     found = dict(seconds=round(time.perf_counter() - begin, 1),
                  zeros_filled=zeros_filled(masks, model))

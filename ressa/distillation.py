@@ -136,7 +136,7 @@ def _said(teacher, labels, places, positions, vocabulary):
         return [part if part is None else part[piece] for part in (values, words)]
     return said
 
-# %% ../nbs/31_distillation.ipynb #175bb285
+# %% ../nbs/31_distillation.ipynb #b29b1b46
 def loss_terms(
     student_logits: torch.Tensor,  # (rows, tokens, vocabulary)
     teacher: torch.Tensor | Targets | None,  # logits of the same shape, or targets; or no teacher
@@ -146,7 +146,7 @@ def loss_terms(
     positions: str = "answer",  # distil on "answer" tokens, or on "all", as the paper's code does
     tokens: int | None = None,  # divide by this many answer tokens; default: those of this batch
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cross-entropy, T²·KL: scalars
-    "The two terms of the RESSA loss, means over answer tokens (`all`: sums, mean over rows)."
+    "The two terms of the RESSA loss, means over answer tokens (`all`: a row's sum, averaged)."
     if positions not in ("answer", "all"):
         raise ValueError(f"positions must be 'answer' or 'all', not {positions!r}")
     if temperature <= 0: raise ValueError(f"temperature must be above 0, not {temperature}")
@@ -261,7 +261,7 @@ def _about(data, teacher, k, temperature):
     for weight in teacher.parameters(): weights.update(str(weight.flatten()[:8].tolist()).encode())
     return f"{line} by {weights.hexdigest()[:8]}"
 
-# %% ../nbs/31_distillation.ipynb #4d7ab3cc
+# %% ../nbs/31_distillation.ipynb #05780ef1
 def _ask(data, teacher, processor, k, temperature):
     "A function for `map`: numbers of rows → what the teacher says of them."
     shift, said = is_causal(teacher), ModelTeacher(teacher)
@@ -302,7 +302,7 @@ def cache_targets(
                          "delete it, or name another file")
     return concatenate_datasets([data, cached], axis=1)
 
-# %% ../nbs/31_distillation.ipynb #c22d3abc
+# %% ../nbs/31_distillation.ipynb #78256d53
 def collate_targets(
     rows: list[dict],  # from `cache_targets`, or without targets
     processor,  # as in `collate`
@@ -321,24 +321,24 @@ class CachedTeacher:
         if "teacher_words" in batch: return Targets(batch["teacher_log_p"], batch["teacher_words"])
         raise ValueError("the rows hold no targets: make them with cache_targets(data, …)")
 
-# %% ../nbs/31_distillation.ipynb #4779ad96
+# %% ../nbs/31_distillation.ipynb #87ef3b37
 def check_kl(
     kl,  # your function of student and teacher logits, both (positions, vocabulary)
 ) -> None:
     "Check exercise 1 on random logits; says which mistake it probably is."
     s, t = torch.randn(3, 5) * 2, torch.randn(3, 5) * 2
-    p, q = t.log_softmax(-1), s.log_softmax(-1)
-    want, got = (p.exp() * (p - q)).sum(-1).mean(), torch.as_tensor(kl(s, t))
+    p, q, got = t.log_softmax(-1), s.log_softmax(-1), torch.as_tensor(kl(s, t))
+    want = (p.exp() * (p - q)).sum(-1).mean()
+    across = (t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum(-1).mean()
     hints = {"student and teacher are swapped": (q.exp() * (q - p)).sum(-1).mean(),
              "take the mean over positions, not the sum": (p.exp() * (p - q)).sum(),
              "sum over the words, take the mean over positions only": (p.exp() * (p - q)).mean(),
-             "the softmax runs over the vocabulary, dim -1":
-                 (t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum(-1).mean()}
-    why = [hint for hint, wrong in hints.items() if torch.allclose(got, wrong, atol=1e-5)]
-    assert torch.allclose(got, want, atol=1e-5), (f"{[*why, 'wrong'][0]}: got {got:.4f}, "
-        f"want {want:.4f} for student {s.tolist()} and teacher {t.tolist()}")
+             "that is the cross-entropy, without log p": -(p.exp() * q).sum(-1).mean(),
+             "the softmax runs over the vocabulary, dim -1": across}
+    why = next((hint for hint, wrong in hints.items() if torch.allclose(got, wrong)), "wrong")
+    assert got.isclose(want), f"{why}: got {got:.4f}, want {want:.4f}\nstudent {s}\nteacher {t}"
 
-# %% ../nbs/31_distillation.ipynb #f78dbee4
+# %% ../nbs/31_distillation.ipynb #db31534a
 def check_shifted(
     shifted,  # your function of logits (rows, tokens, vocabulary) and labels (rows, tokens)
 ) -> None:
@@ -349,9 +349,11 @@ def check_shifted(
     assert z.shape[:2] == y.shape, f"logits {tuple(z.shape)} but labels {tuple(y.shape)}: cut both"
     assert z.shape[1] == 8, f"{z.shape[1]} positions left, want 8: drop what has no partner"
     wrong = (z.argmax(-1) != y).nonzero()
-    assert not len(wrong), f"row {wrong[0, 0]}, position {wrong[0, 1]}: shift the other way round"
+    same = torch.equal(y, tokens[:, :-1]) and torch.equal(z, logits[:, :-1])
+    how = "nothing is shifted: both lost their end" if same else "shift the other way round"
+    assert not len(wrong), f"row {wrong[0, 0]}, position {wrong[0, 1]}: {how}"
 
-# %% ../nbs/31_distillation.ipynb #84a77057
+# %% ../nbs/31_distillation.ipynb #c1228ac0
 def check_coarse(
     coarse,  # your function of log-probabilities (n, vocabulary) and words (n, k)
 ) -> None:
@@ -359,9 +361,11 @@ def check_coarse(
     z = torch.randn(3, 6)
     z[2, 0] += 40
     log_p = z.log_softmax(-1)
-    words = log_p.topk(2).indices
-    got, given = coarse(log_p, words), f"log_p {log_p.tolist()} and words {words.tolist()}"
-    listed = log_p.gather(1, words)
+    words = torch.stack([torch.randperm(6)[:2] for _ in z])  # any two words
+    words[2, 0] = 0; words[2, 1] = 1 + words[2, 1] % 5
+    before, given = log_p.clone(), f"\nlog_p {log_p}\nwords {words}"
+    got, listed = coarse(log_p, words), log_p.gather(1, words)
+    assert torch.equal(log_p, before), "log_p was written to: scatter, not scatter_"
     assert got.shape != listed.shape, f"the rest is missing: want shape (3, 3) for {given}"
     assert got.shape == (3, 3), f"shape {tuple(got.shape)}, want (3, 3) for {given}"
     assert torch.allclose(got[:, :2], listed), f"the listed words must keep their values: {given}"

@@ -72,6 +72,7 @@ def nbdev_anchors(app, doctree):
     for node in doctree.findall(addnodes.desc_signature):
         anchor = node.get("fullname", "").lower()
         if anchor and anchor not in taken: node["ids"].append(anchor)
+        taken.add(anchor)
 
 
 def local_fonts(app, error):

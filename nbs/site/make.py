@@ -77,15 +77,20 @@ def exported(source, entries):
     return [*entries, folded(source, "Source", not checks)]
 
 
+def bare(source):
+    "Code without directives, of which nbdev leaves Quarto's own."
+    return re.sub(r"^#\|.*\n?", "", source, flags=re.M)
+
+
 def shown(cell):
     "A code cell as MyST-NB wants it: alt text, hidden input, badges."
     directives = cell.directives_
-    new = nbformat.v4.new_code_cell(cell.source, outputs=[nbformat.from_dict(o) for o in cell.outputs])
+    new = nbformat.v4.new_code_cell(bare(cell.source), outputs=[nbformat.from_dict(o) for o in cell.outputs])
     new.metadata["tags"] = sorted(BADGES & directives.keys())
     if "hide_input" in directives or directives.get("echo:") == ["false"]:
         new.metadata["tags"].append("remove-input")
-    if "fig-alt:" in directives:
-        new.metadata["mystnb"] = {"image": {"alt": " ".join(directives["fig-alt:"])}}
+    if words := re.search(r"^#\| fig-alt: (.+)", cell.source, re.M):
+        new.metadata["mystnb"] = {"image": {"alt": words[1].strip()}}
     return new
 
 
@@ -116,10 +121,9 @@ def page(path, names, pages, config):
             continue
         flush()
         source, entries = None, []
-        if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
         if cell.cell_type == "markdown": cells.append(markdown(cell.source))
         elif cell.cell_type != "code" or not cell.source.strip() or HIDDEN & directives.keys(): continue
-        elif {"export", "exports"} & directives.keys(): source = cell.source
+        elif {"export", "exports"} & directives.keys(): source = bare(cell.source)
         else: cells.append(shown(cell))
     flush()
     for cell in cells:

@@ -5,18 +5,26 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/90_all.ipynb #40aacdc7
+# %% ../nbs/90_all.ipynb #88fb356e
 from peft import get_peft_model
 from .allocation import *
+from .any_vlm import *
 from .budgets import *
 from .bundled import *
 from .data import *
 from .distillation import *
 from .evaluation import *
+from .explore import *
+from .gpu import *
+from .hub_data import *
 from .masks import *
+from .metrics import *
 from .modality import *
+from .packing import *
 from .prune import *
 from .repair import *
 from .scores import *
 from .sparselora import *
+from .storage import *
+from .where import *
 __all__ = [name for name in globals() if not name.startswith("_")]

@@ -250,3 +250,15 @@ def test_bad_wishes_about_data(tmp_path, vqav2, capsys, wrong, said):
     assert main(["repair", "--data", str(vqav2), "--calibration", "4", *wrong, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_pack_and_unpack_give_the_same_weights(tmp_path):
+    from safetensors.torch import load_file
+    ordinary = next((Path(__file__).parent.parent / "ressa" / "assets").rglob("model.safetensors"))
+    packed, again = tmp_path / "packed", tmp_path / "again"
+    assert "MB became" in ressa("pack", "--model", ordinary.parent, "--out", packed).stdout
+    assert ressa("unpack", "--model", packed, "--out", again).returncode == 0
+    old, new = load_file(ordinary), load_file(again / "model.safetensors")
+    assert old.keys() == new.keys() and all(old[name].equal(new[name]) for name in old)
+    refused = ressa("pack", "--model", tmp_path / "nowhere", "--out", tmp_path / "x")
+    assert refused.returncode == 2 and "nowhere" in refused.stderr

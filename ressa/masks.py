@@ -6,10 +6,11 @@
 __all__ = ['parse_pattern', 'check_target', 'select', 'apply_mask', 'sparsity_of', 'has_pattern', 'check_select_columns',
            'check_patterns', 'check_lost_in']
 
-# %% ../nbs/10_masks.ipynb #f5257e2f
+# %% ../nbs/10_masks.ipynb #2098e6d9
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 import numpy as np
 import torch
 
@@ -46,7 +47,7 @@ def parse_pattern(
         raise ValueError(f"pattern must be 'N:M' with 0 < N < M, such as '2:4', not {pattern!r}")
     return n, m
 
-# %% ../nbs/10_masks.ipynb #55f687c0
+# %% ../nbs/10_masks.ipynb #1961e2ee
 def check_target(
     sparsity: float | None,  # fraction of zeros, in [0, 1)
     pattern: str | None,  # or an N:M pattern; exactly one of both
@@ -59,10 +60,10 @@ def check_target(
         n, m = parse_pattern(pattern)
         if in_features % m: raise ValueError(f"pattern {pattern} needs a width divisible by {m}, "
                                              f"and in_features is {in_features}")
-    elif isinstance(sparsity, str) or not 0 <= sparsity < 1:
+    elif not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), the fraction of zeros, not {sparsity!r}")
 
-# %% ../nbs/10_masks.ipynb #230a30f8
+# %% ../nbs/10_masks.ipynb #4e60a496
 def select(
     score: torch.Tensor,  # (out, in), any real dtype; the higher, the more a weight matters
     sparsity: float | None = None,  # fraction of each row that is pruned, in [0, 1)
@@ -70,11 +71,14 @@ def select(
     group: str = "row",  # compare scores within each "row", or over the whole "layer"
 ) -> torch.Tensor:  # bool (out, in), True = kept
     "What stays: per row exactly ⌊sparsity·in⌋ lowest scores fall, of equal ones the leftmost."
+    if score.dim() != 2 or score.is_complex():
+        raise ValueError(f"score must be a real matrix (out, in), not {score.dtype} of shape "
+                         f"{tuple(score.shape)}")
     check_target(sparsity, pattern, score.shape[1])
     if group not in ("row", "layer"):
         raise ValueError(f"group must be 'row' or 'layer', not {group!r}")
-    if score.sum().isnan() and score.isnan().any():
-        raise ValueError("the score holds NaN: check weights and calibration inputs")
+    if not score.sum().isfinite() and not score.isfinite().all():
+        raise ValueError("the score holds NaN or infinity: check weights and calibration inputs")
     if pattern is not None:
         n, m = parse_pattern(pattern)
         groups, k = score.reshape(-1, m), m - n
@@ -83,13 +87,17 @@ def select(
         k = int(sparsity * groups.shape[1] + 1e-9)
     return _stays(groups, k).reshape(score.shape)
 
-# %% ../nbs/10_masks.ipynb #4ffeb59c
+# %% ../nbs/10_masks.ipynb #c120a7a9
 def apply_mask(
     weight: torch.Tensor,  # (out, in)
     mask: torch.Tensor,  # bool (out, in), True = kept
 ) -> torch.Tensor:  # a new tensor of the same dtype
     "The weight, with +0.0 where the mask is False; kept weights stay the same to the bit."
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise ValueError(f"mask must be bool of shape {tuple(weight.shape)}, not {mask.dtype} of "
+                         f"shape {tuple(mask.shape)}")
+    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = widths[weight.element_size()]
     return (weight.detach().view(bits) * mask).view(weight.dtype)
 
 # %% ../nbs/10_masks.ipynb #33371af7
@@ -109,35 +117,41 @@ def has_pattern(
     if weight.shape[1] % m: return False
     return bool(((weight.reshape(-1, m) != 0).sum(1) <= n).all())
 
-# %% ../nbs/10_masks.ipynb #2ff80987
+# %% ../nbs/10_masks.ipynb #7c5a68eb
 def check_select_columns(
     select_columns,  # your function of (score, sparsity)
 ) -> None:
-    "Check exercise 1 on a random score; says which column is wrong."
-    score = torch.rand(6, 4) + torch.arange(4)  # each column higher than the one before
-    mask = select_columns(score, 0.5)
-    assert mask.shape == score.shape, f"shape {tuple(mask.shape)}, want {tuple(score.shape)}"
-    assert mask.dtype == torch.bool, f"a mask is bool, not {mask.dtype}"
-    gone = (~mask).sum(0).tolist()
-    assert gone == [3] * 4, f"zeros per column: {gone}, want [3, 3, 3, 3]: compare within a column"
-    for j, (column, kept) in enumerate(zip(score.T, mask.T)):
-        assert column[kept].min() > column[~kept].max(), (
-            f"column {j}, {column.tolist()}: a pruned score is above a kept one: keep high ones")
+    "Check exercise 1 on random scores with ties, at three sparsities; says which column is wrong."
+    for k in torch.tensor([1, 2, 3, 5, 6, 7])[torch.randperm(6)[:3]].tolist():
+        score = torch.randint(4, (8, 4)) + 9.0 * torch.arange(4)  # each column higher
+        mask, sparsity = select_columns(score, (k + 0.5) / 8), (k + 0.5) / 8
+        assert mask.shape == score.shape, f"shape {tuple(mask.shape)}, want {tuple(score.shape)}"
+        assert mask.dtype == torch.bool, f"a mask is bool, not {mask.dtype}"
+        gone = (~mask).sum(0).tolist()
+        hint = ("half fell, whatever the sparsity" if gone == [4] * 4 else
+                "⌊sparsity·rows⌋ fall, also of equal scores" if len(set(gone)) == 1 else
+                "compare within a column, and let some of equal scores fall")
+        assert gone == [k] * 4, f"{sparsity=}, zeros per column: {gone}, want {[k] * 4}: {hint}"
+        for j, (column, kept) in enumerate(zip(score.T, mask.T)):
+            assert column[kept].min() >= column[~kept].max(), (
+                f"column {j}, {column.tolist()}: a pruned score is above a kept one: keep the high")
 
-# %% ../nbs/10_masks.ipynb #7f910cd6
+# %% ../nbs/10_masks.ipynb #a11d1f8b
 def check_patterns(
     patterns,  # your function of (n, m)
 ) -> None:
-    "Check exercise 2 by enumeration, for 2:4 and for random N and M."
+    "Check exercise 2 by enumeration, for 2:4, 1:5, 4:8 and for random N and M."
     from itertools import product
     m = torch.randint(3, 9, ()).item()
-    for n, m in ((2, 4), (torch.randint(1, m, ()).item(), m)):
+    for n, m in ((2, 4), (1, 5), (4, 8), (torch.randint(1, m, ()).item(), m)):
         got, want = patterns(n, m), sum(sum(bits) == n for bits in product((0, 1), repeat=m))
         hint = {math.perm(m, n): "it does not matter in which order weights are kept",
-                2 ** m: "not every mask of m weights keeps exactly n"}.get(got, "wrong")
+                2 ** m: "not every mask of m weights keeps exactly n",
+                sum(math.comb(m, i) for i in range(n + 1)): "that counts at most n: exactly n stay",
+                math.comb(m, 2): "that is right for n = 2 only"}.get(got, "wrong")
         assert got == want, f"{n}:{m}: {hint}: got {got}, want {want}"
 
-# %% ../nbs/10_masks.ipynb #6fe7e5f9
+# %% ../nbs/10_masks.ipynb #a191b531
 def check_lost_in(
     lost_in,  # your function of a pruned weight (out, in) and a dtype
 ) -> None:
@@ -149,5 +163,8 @@ def check_lost_in(
         got, want = lost_in(weight, dtype), (weight != 0) & (weight.abs() <= largest)
         for i, j in (got != want).nonzero().tolist():
             why = ("was pruned before: it is not lost" if weight[i, j] == 0 else
-                   "does not become zero" if got[i, j] else "becomes zero")
+                   "becomes zero" if want[i, j] else
+                   "does not become zero, it is only rounded"
+                   if weight[i, j].abs() >= torch.finfo(dtype).tiny else
+                   "does not become zero: below `tiny` there are still subnormal numbers")
             raise AssertionError(f"row {i}, column {j}, {dtype}: {weight[i, j].item():.3g} {why}")

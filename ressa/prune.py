@@ -192,7 +192,7 @@ def _put(layer, stored, new):
     new, (loader, name) = new.to("cpu", stored.dtype).contiguous(), file
     offload_weight(new, name, loader.save_folder, loader.index)
 
-# %% ../nbs/14_prune.ipynb #d0dfe035
+# %% ../nbs/14_prune.ipynb #fe0e605a
 class _Pruner:
     "One pruning pass: gathers statistics, prunes groups of layers, and writes the report."
 
@@ -212,10 +212,13 @@ class _Pruner:
     def prune(self, names, stats, start):
         "Prune the layers of one group in place, and report each."
         self.done.update(names)
-        if why := unusable(stats): self.report.left_dense |= dict.fromkeys(names, why)
+        broken = [n for n in names if not _stored_weight(self.layers[n]).isfinite().all()]
+        self.report.left_dense |= dict.fromkeys(broken, "its weight holds NaN or infinity")
+        sound = [name for name in names if name not in broken]
+        if why := unusable(stats): self.report.left_dense |= dict.fromkeys(sound, why)
         else:
-            for target in dict.fromkeys(self.chosen[name] for name in names):
-                self._prune([n for n in names if self.chosen[n] == target], target, stats, start)
+            for target in dict.fromkeys(self.chosen[name] for name in sound):
+                self._prune([n for n in sound if self.chosen[n] == target], target, stats, start)
         self.bar.update(len(names))
 
     def _prune(self, names, target, stats, start):

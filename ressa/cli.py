@@ -310,7 +310,7 @@ def run_evaluate(args) -> None:
             said = answer(model, data, processor, args.test_batch, max_new_tokens=32)
             print(score(said, data))
 
-# %% ../nbs/41_cli.ipynb #30cece43
+# %% ../nbs/41_cli.ipynb #bafdb49d
 def run_prune(args) -> None:
     "Prune a model and save it, with a report of each layer."
     _check(args)
@@ -323,7 +323,6 @@ def run_prune(args) -> None:
         write_json(out / "results.json", report.to_dict(), indent=1)
     print(f"{report}\nModel: {out / 'model'}")
 
-# %% ../nbs/41_cli.ipynb #4fa64626
 def run_pack(args) -> None:
     "Store a pruned checkpoint without its zeros (notebook 40_storage)."
     sizes = pack(args.model, args.out)
@@ -350,7 +349,7 @@ COMMANDS = {"repair": (run_repair, COMMON + PRUNING + REPAIR + TESTING),
             "prune": (run_prune, COMMON + PRUNING), "evaluate": (run_evaluate, COMMON + TESTING),
             "pack": (run_pack, PLACES), "unpack": (run_unpack, PLACES)}
 
-# %% ../nbs/41_cli.ipynb #8de54e9e
+# %% ../nbs/41_cli.ipynb #9df14dd2
 def parse(
     argv: list[str],  # the arguments
 ) -> argparse.Namespace:  # with `run`, the command's function, and `command`, the arguments
@@ -364,9 +363,7 @@ def parse(
         sub.set_defaults(run=run)
         for flag, kind, default, text in options:
             sub.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
-    args = top.parse_args(argv)
-    args.command = " ".join(argv)
-    return args
+    return argparse.Namespace(**vars(top.parse_args(argv)), command=" ".join(argv))
 
 # %% ../nbs/41_cli.ipynb #1e0b159a
 def _quiet():

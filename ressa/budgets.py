@@ -27,23 +27,28 @@ def zeros_of(
     n, m = parse_pattern(target)
     return out * width * (m - n) // m
 
-# %% ../nbs/19_budgets.ipynb #6faf96df
+# %% ../nbs/19_budgets.ipynb #248bed6b
 def achieved(
     allocation: dict,  # layer name → target
     shapes: dict,  # layer name → (out, in), of these layers and perhaps of others
 ) -> float:  # fraction of zeros among the weights of the layers that the allocation names
-    "The sparsity that an allocation really gives."
+    "The sparsity that an allocation really gives. Raises `ValueError`."
+    if not allocation: raise ValueError("allocation names no layer")
+    if strangers := sorted(set(allocation) - set(shapes)):
+        raise ValueError(f"allocation: {strangers[0]!r} has no shape")
     sizes = {name: math.prod(shapes[name]) for name in allocation}
     zeros = sum(zeros_of(target, shapes[name]) for name, target in allocation.items())
     return zeros / sum(sizes.values())
 
-# %% ../nbs/19_budgets.ipynb #19c78866
+# %% ../nbs/19_budgets.ipynb #534a031a
 def steps_of(
     shapes: dict,  # layer name → (out, in)
     max_sparsity: float = 1.0,  # no layer above this
     m: int | None = None,  # N:M patterns with this M; None: unstructured
 ) -> dict:  # layer name → (weights in one step, most steps)
-    "A step is one weight of each row, or of each group of M."
+    "A step is one weight of each row, or of each group of M. Raises `ValueError`."
+    if not 0 <= max_sparsity <= 1:
+        raise ValueError(f"max_sparsity must be in [0, 1], not {max_sparsity}")
     def most(n): return min(n - 1, int(max_sparsity * n + 1e-9))
     return {name: (out, most(width)) if m is None else (out * width // m, most(m))
             for name, (out, width) in shapes.items()}
@@ -90,7 +95,7 @@ def _round(ideal, steps, want):
         left -= more * size
     return counts
 
-# %% ../nbs/19_budgets.ipynb #f935d326
+# %% ../nbs/19_budgets.ipynb #1bc3def3
 def exact(
     wishes: dict,  # layer name → sparsity it would like; shifted until the budget holds
     shapes: dict,  # layer name → (out, in): the layers whose weights are counted
@@ -102,7 +107,9 @@ def exact(
     "Meet a budget to half a step of the largest layer. Raises `ValueError` if that is impossible."
     fixed = fixed or {}
     free = {name: shape for name, shape in shapes.items() if name not in fixed}
-    for name, (_, width) in free.items() if m else ():
+    if lost := [name for name in free if not -9 < wishes.get(name, -9) < 9]:
+        raise ValueError(f"wishes must give {lost[0]} a sparsity, not {wishes.get(lost[0])}")
+    for name, (_, width) in free.items() if m is not None else ():
         try: check_target(None, f"1:{m}", width)
         except ValueError as error: raise ValueError(f"{name}: {error}") from None
     steps = steps_of(free, max_sparsity, m)
@@ -202,13 +209,15 @@ def check_pass_it_on(
     assert any(k != round(w) for k, w in zip(got, wish)), f"each layer rounds alone: {given}"
     assert abs(off) <= 0.5 + 1e-6, f"the leftover is weights, not columns: {given}"
 
-# %% ../nbs/19_budgets.ipynb #3c480245
+# %% ../nbs/19_budgets.ipynb #0cb2d588
 def check_removed(
     removed,  # your function of a target and a shape (out, in)
 ) -> None:
-    "Check exercise 2 against what is counted; says on which shape."
-    for target, shape, hint in (("1:4", (3, 8), "N of M stay: M - N fall"),
-                                (0.7, (5, 8), "each row rounds down: multiply by out afterwards")):
+    "Check exercise 2 on random shapes against what is counted; says on which."
+    out, groups, n, fall = (int(torch.randint(low, 9, ())) for low in (2, 2, 1, 1))
+    m, share = 2 * n + fall, (fall + 0.6) / 10  # fewer stay than fall; so many and a bit of ten
+    for target, shape, hint in ((f"{n}:{m}", (out, groups * m), "N of M stay: M - N fall"),
+                                (share, (out, 10), "each row rounds down: times out afterwards")):
         got, want = removed(target, shape), zeros_of(target, shape)
         assert got == want, f"{hint}: {target} of {shape}: got {got}, want {want}"
 

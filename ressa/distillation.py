@@ -29,9 +29,12 @@ def is_causal(
     config = model.config
     return not (config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
 
-# %% ../nbs/31_distillation.ipynb #3f713c41
+# %% ../nbs/31_distillation.ipynb #494cc686
 def _answer_places(labels, shift):
     "Places in flattened logits that predict an answer token, and these tokens: (answers,) each."
+    if labels.dim() != 2 or labels.is_floating_point():
+        raise ValueError(f"labels must be whole numbers (rows, tokens), not {labels.dtype} of "
+                         f"shape {tuple(labels.shape)}")
     predicted = (F.pad(labels[:, 1:], (0, 1), value=-100) if shift else labels).flatten()
     places = (predicted != -100).nonzero()[:, 0]
     if not len(places): raise ValueError("labels hold no answer token: every label is -100")
@@ -58,7 +61,7 @@ class Targets(NamedTuple):
     values: torch.Tensor  # (n, vocabulary) logits, or (n, k+1): log p of words and rest, softened
     words: torch.Tensor | None = None  # (n, k) which words; None: all
 
-# %% ../nbs/31_distillation.ipynb #4e2d68a4
+# %% ../nbs/31_distillation.ipynb #0ef66123
 def _wide(z): return z.to(torch.promote_types(z.dtype, torch.float32))
 
 def _rest(log_p, words):
@@ -71,7 +74,8 @@ def top_targets(
     temperature: float = 1.0,  # T
 ) -> Targets:
     "The k likeliest words of each token, and the rest. Raises `ValueError` if k is below 1."
-    if k < 1: raise ValueError(f"k must be at least 1, not {k}")
+    if k < 1 or not 0 < temperature < torch.inf:
+        raise ValueError(f"k must be at least 1, not {k}, temperature above 0, not {temperature}")
     log_p = F.log_softmax(_wide(logits) / temperature, -1)
     top, words = log_p.topk(min(k, log_p.shape[-1] - 1))
     return Targets(torch.cat([top, _rest(log_p, words)], 1), words)
@@ -136,7 +140,7 @@ def _said(teacher, labels, places, positions, vocabulary):
         return [part if part is None else part[piece] for part in (values, words)]
     return said
 
-# %% ../nbs/31_distillation.ipynb #b29b1b46
+# %% ../nbs/31_distillation.ipynb #6314df1a
 def loss_terms(
     student_logits: torch.Tensor,  # (rows, tokens, vocabulary)
     teacher: torch.Tensor | Targets | None,  # logits of the same shape, or targets; or no teacher
@@ -149,8 +153,11 @@ def loss_terms(
     "The two terms of the RESSA loss, means over answer tokens (`all`: a row's sum, averaged)."
     if positions not in ("answer", "all"):
         raise ValueError(f"positions must be 'answer' or 'all', not {positions!r}")
-    if temperature <= 0: raise ValueError(f"temperature must be above 0, not {temperature}")
+    if not 0 < temperature < torch.inf:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
     (places, answers), z = _answer_places(labels, shift), _flat(student_logits, labels)
+    if ((answers < 0) | (answers >= z.shape[-1])).any():
+        raise ValueError(f"labels must be -100, or words of a vocabulary of {z.shape[-1]}")
     count = len(answers) if tokens is None else tokens
     def ce(z, piece): return F.cross_entropy(_wide(z), answers[piece], reduction="sum")
     if teacher is None:

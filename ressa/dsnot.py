@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['dsnot', 'check_row_error', 'check_victim', 'check_mended_bias']
 
-# %% ../nbs/13_dsnot.ipynb #94a8a3bf
+# %% ../nbs/13_dsnot.ipynb #bfe6fd4d
 from collections.abc import Callable
 import torch
 from .masks import apply_mask, check_target, has_pattern, parse_pattern, sparsity_of
-from .scores import Statistics, wanda
+from .scores import Statistics, _check_fit, wanda
 
 # %% ../nbs/13_dsnot.ipynb #e19d5b4b
 def _swaps(values, kept, error, mean, lift, norm, m):
@@ -31,21 +31,28 @@ def _lift(stats, power):
     var, least = stats.var, 1e-6 * stats.var.mean()
     return stats.mean / (var.clamp_min(least) if least > 0 else torch.ones_like(var)) ** power
 
-# %% ../nbs/13_dsnot.ipynb #4dba84f6
+# %% ../nbs/13_dsnot.ipynb #1fafebe6
 def _start(weight, stats, sparsity, pattern, start):
     "The pruned weight to begin with, checked against the weight and the target."
     if start is None or sparsity is not None or pattern is not None:
         check_target(sparsity, pattern, weight.shape[1])
     if start is None: start = wanda
     if callable(start): start = start(weight, stats, sparsity=sparsity, pattern=pattern)
+    if not isinstance(start, torch.Tensor): raise TypeError(f"start={start!r} is no tensor")
     if start.shape != weight.shape:
         raise ValueError(f"start has shape {tuple(start.shape)}, weight {tuple(weight.shape)}")
     if pattern is not None and not has_pattern(start, pattern):
         raise ValueError(f"start is not {pattern}: prune it with pattern={pattern!r} first")
-    room = sum(weight.shape) / weight.numel()
+    room = sum(weight.shape) / max(weight.numel(), 1)
     if sparsity is not None and sparsity_of(start) < sparsity - room:
         raise ValueError(f"start has {sparsity_of(start):.1%} zeros, fewer than {sparsity=}")
     return start.to(weight.dtype)
+
+# %% ../nbs/13_dsnot.ipynb #e2142234
+def _check_numbers(**options):
+    "Raise `ValueError` for an option that is no finite number of 0 or more, naming it."
+    for name, value in options.items():
+        if not 0 <= value < torch.inf: raise ValueError(f"{name} must be 0 or more, not {value}")
 
 # %% ../nbs/13_dsnot.ipynb #1eb102a7
 def _trade(values, kept, error, mean, lift, norm, m, max_cycles, tolerance):
@@ -63,7 +70,7 @@ def _trade(values, kept, error, mean, lift, norm, m, max_cycles, tolerance):
         kept[rows, grow], kept[rows, prune], error[rows] = True, False, after
         rows = rows[after.abs() > tolerance]
 
-# %% ../nbs/13_dsnot.ipynb #5a63e7dd
+# %% ../nbs/13_dsnot.ipynb #db526321
 @torch.no_grad()
 def dsnot(
     weight: torch.Tensor,  # (out, in) dense
@@ -79,7 +86,8 @@ def dsnot(
     "Swap pruned and kept weights while that shrinks |ε| (arXiv 2310.08915). Raises `ValueError`."
     if stats.mean is None:
         raise ValueError("stats has no mean: gather it with Statistics.of(x, mean=True)")
-    if stats.n == 0: raise ValueError("stats has seen no token: DSnoT cannot judge this layer")
+    _check_fit(weight, stats)
+    _check_numbers(max_cycles=max_cycles, tolerance=tolerance, power=power)
     start = _start(weight, stats, sparsity, pattern, start)
     kept, values = start != 0, torch.where(start != 0, start, weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)

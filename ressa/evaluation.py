@@ -25,7 +25,7 @@ def without_prompt(
     n = prompt.shape[1]
     return ids[:, n:] if ids.shape[1] >= n and torch.equal(ids[:, :n], prompt) else ids
 
-# %% ../nbs/03_evaluation.ipynb #88a47ef6
+# %% ../nbs/03_evaluation.ipynb #3d6378f0
 @torch.no_grad()
 def answer(
     model: nn.Module,  # a generating vision-language model
@@ -37,6 +37,7 @@ def answer(
 ) -> list[str]:  # one answer per row, in lower case without spaces around it
     "Let the model answer each row greedily. Raises `ValueError` for an empty data set."
     if not len(data): raise ValueError("the data set is empty: nothing to answer")
+    if batch_size < 1: raise ValueError(f"batch_size must be 1 row or more, not {batch_size}")
     prompts, answers = data["prompt"], [""] * len(data)
     order = sorted(range(len(data)), key=lambda i: len(prompts[i]))
     for start in tqdm(range(0, len(data), batch_size), desc="answer", disable=not progress):
@@ -48,7 +49,7 @@ def answer(
             answers[i] = text.strip().lower()
     return answers
 
-# %% ../nbs/03_evaluation.ipynb #9bb38e03
+# %% ../nbs/03_evaluation.ipynb #f0e381a1
 def interval(
     values: Iterable,  # one number per row; or (seeds, rows): each seed's mean enters equally
     draws: int = 1000,  # bootstrap samples
@@ -58,6 +59,10 @@ def interval(
     "Bootstrap interval of the mean over rows (and seeds, if there are two axes)."
     values = np.atleast_2d(np.asarray(values, dtype=float))
     if not values.size: raise ValueError("no values: the interval of an empty mean is not defined")
+    if values.ndim > 2 or not np.isfinite(values).all():
+        raise ValueError("values must be finite numbers, one per row or (seeds, rows)")
+    if not (0 < level < 1 and draws >= 1):
+        raise ValueError(f"level must be in (0, 1), draws 1 or more, not {level}, {draws}")
     rng = np.random.default_rng(seed)
     s, n = values.shape
     rows = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
@@ -66,25 +71,31 @@ def interval(
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../nbs/03_evaluation.ipynb #26dedcd9
+# %% ../nbs/03_evaluation.ipynb #96103bc0
 def cider(
     predictions: list[str],  # the model's captions
     references: list,  # per prediction one reference, or a list of them
 ) -> np.ndarray:  # (n,) scores, 0 to 10
     "CIDEr-D of each caption (Vedantam et al., arXiv 1411.5726), by pycocoevalcap."
     from pycocoevalcap.cider.cider import Cider
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions, but {len(references)} references")
     many = [[r] if isinstance(r, str) else list(r) for r in references]
     _, scores = Cider().compute_score(dict(enumerate(many)),
                                       {i: [p] for i, p in enumerate(predictions)})
     return np.asarray(scores)
 
-# %% ../nbs/03_evaluation.ipynb #21e79641
+# %% ../nbs/03_evaluation.ipynb #80bf0cd5
 @dataclass
 class Evaluation:
     "Answers of a model on a data set, and what follows from them."
     answers: list[str]  # what the model said
     references: list[str]  # what is right
     types: list[str]  # question type of each row
+
+    def __post_init__(self):
+        counts = {name: len(values) for name, values in vars(self).items()}
+        if len(set(counts.values())) > 1: raise ValueError(f"each row needs one of all: {counts}")
 
     @property
     def right(self) -> np.ndarray:
@@ -139,13 +150,14 @@ def evaluate(
     answers = answer(model, data, processor, **options)
     return Evaluation(answers, references, list(data["question_type"]))
 
-# %% ../nbs/03_evaluation.ipynb #d0251341
+# %% ../nbs/03_evaluation.ipynb #35eba78e
 @torch.no_grad()
 def exact_match(
     model: nn.Module,  # a causal vision-language model
     batches: list[dict],  # batches with labels, as `collate` makes them
 ) -> np.ndarray:  # (rows,) 1.0 where greedy generation would give the reference
     "Exact match of a whole data set by one forward pass per batch, without generating."
+    if not batches: raise ValueError("no batches: nothing to answer")
     right = []
     for batch in batches:
         batch = to_device(batch, model.device)
@@ -154,12 +166,13 @@ def exact_match(
         right.append(((choice == labels) | (labels == -100)).all(1).float().cpu())
     return torch.cat(right).numpy()
 
-# %% ../nbs/03_evaluation.ipynb #f68b534d
+# %% ../nbs/03_evaluation.ipynb #f1e4c033
 def blind(
     train,  # rows to learn from: prompt and answer
     test,  # rows to answer
 ) -> Evaluation:
     "The commonest training answer to each prompt; to unknown prompts, the commonest of all."
+    if not len(train["answer"]): raise ValueError("train is empty: nothing to learn from")
     seen = defaultdict(Counter)
     for prompt, reply in zip(train["prompt"], train["answer"]): seen[prompt][reply] += 1
     commonest = Counter(train["answer"]).most_common(1)[0][0]
@@ -167,14 +180,14 @@ def blind(
     return Evaluation([best.get(prompt, commonest) for prompt in test["prompt"]],
                       list(test["answer"]), list(test["question_type"]))
 
-# %% ../nbs/03_evaluation.ipynb #c15f9cb9
+# %% ../nbs/03_evaluation.ipynb #eb988e36
 def won_back(
     repaired: float,  # accuracy after repair
     start: float,  # what is counted from: the pruned model's accuracy, or the blind one's
     dense: float,  # the dense model's accuracy
 ) -> float:  # 1.0 = all of it
     "(repaired − start)/(dense − start): the share of the loss that repair wins back."
-    if dense <= start:
+    if not dense > start:
         raise ValueError(f"nothing was lost: dense {dense:.3f} is not above {start:.3f}")
     return (repaired - start) / (dense - start)
 

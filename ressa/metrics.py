@@ -62,12 +62,13 @@ def normalise_answer(
     words = [NUMBERS.get(word, word) for word in words]
     return " ".join(RESTORED.get(word, word) for word in words if word not in ("a", "an", "the"))
 
-# %% ../nbs/08_metrics.ipynb #09400866
+# %% ../nbs/08_metrics.ipynb #30740032
 def vqa_accuracy(
     said: str,  # what the model answered
     people: list[str],  # what people answered; one counts as right or wrong
 ) -> float:  # in [0, 1]
     "Official VQA accuracy of one answer. Raises `ValueError` without any reference."
+    if isinstance(people, str): raise TypeError(f"people must be a list, not the text {people!r}")
     if not people: raise ValueError("no reference answers: a test split may keep them secret")
     said, written = normalise_answer(said), [normalise_answer(text) for text in people]
     return agreement(written.count(said), len(written))
@@ -162,17 +163,21 @@ def score(
     values = METRICS[metric](answers, references_of(data))
     return Scores(answers, values, list(data["question_type"]), metric)
 
-# %% ../nbs/08_metrics.ipynb #4089fffe
+# %% ../nbs/08_metrics.ipynb #c8f135d9
 def recall_at(
     similarity: torch.Tensor,  # (images, texts)
     image_of: list[int],  # (texts,) the image that each text belongs to
     ks=(1, 5, 10),  # how many of the nearest are looked at
 ) -> dict[str, dict[int, float]]:  # "image→text" and "text→image": k → share
     "Retrieval in both directions. Equal similarities count against the model."
+    if similarity.dim() != 2 or not similarity.isfinite().all():
+        raise ValueError("similarity must be finite numbers (images, texts)")
     similarity, image_of = similarity.float(), torch.as_tensor(image_of)
     images, texts = similarity.shape
     if len(image_of) != texts:
         raise ValueError(f"image_of has {len(image_of)} entries, not {texts}")
+    if ((image_of < 0) | (image_of >= images)).any():
+        raise ValueError(f"image_of must name images 0 to {images - 1}, not {image_of.tolist()}")
     right = image_of == torch.arange(images)[:, None]  # (images, texts)
     if not right.any(1).all(): raise ValueError("some image has no text: R@k is not defined for it")
     own = torch.where(right, similarity, -torch.inf)

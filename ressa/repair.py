@@ -25,7 +25,7 @@ from .masks import apply_mask
 from .modality import PARTS, modality_map
 from .sparselora import SparseLoraConfig, peft_targets
 
-# %% ../nbs/32_repair.ipynb #687d9ef5
+# %% ../nbs/32_repair.ipynb #73174a0d
 @dataclass
 class RessaArguments(TrainingArguments):
     "`TrainingArguments` with the three of the RESSA loss; the learning rate is the paper's."
@@ -46,7 +46,7 @@ class RessaArguments(TrainingArguments):
         super().__post_init__()
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(f"distill_weight must be in [0, 1], not {self.distill_weight}")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < torch.inf:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         if self.positions not in ("answer", "all"):
             raise ValueError(f"positions must be 'answer' or 'all', not {self.positions!r}")
@@ -82,7 +82,7 @@ def _check_teacher(teacher, args, data):
     for name in ("train_dataset", "eval_dataset"):
         if data.get(name) is not None: _check_targets(name, data[name], args)
 
-# %% ../nbs/32_repair.ipynb #8765bf19
+# %% ../nbs/32_repair.ipynb #7e406de8
 class RessaTrainer(Trainer):
     "A `Trainer` with the RESSA loss; `teacher`: the dense model, or one of notebook 31's teachers."
 
@@ -92,7 +92,8 @@ class RessaTrainer(Trainer):
             raise ValueError("a SelfTeacher needs adapters that can be switched off, and the "
                              "student's own weights are trained: take another teacher")
         if processor is not None:
-            collate = functools.partial(collate_targets, processor=processor, causal=is_causal(model))
+            causal = is_causal(model)
+            collate = functools.partial(collate_targets, processor=processor, causal=causal)
             kwargs.setdefault("data_collator", collate)
         super().__init__(model, args, processing_class=processor, **kwargs)
         for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)

@@ -19,7 +19,7 @@ def _combine(a, b):
     spread = a.spread + (b.spread + step.square() * (a.n * b.n / n))
     return a.mean + step * (b.n / n), spread
 
-# %% ../nbs/11_scores.ipynb #f069d62f
+# %% ../nbs/11_scores.ipynb #0a89e8d3
 def _square_sum(x):
     "Sum of squares of each column of x (tokens, in), in float32."
     pieces = x.split(1024) if x.device.type == "cpu" else (x,)  # small enough for a CPU's caches
@@ -42,6 +42,7 @@ class Sums:
         gram: bool = True,  # gather XᵀX, by far the largest
     ):
         "The sums over one batch of inputs."
+        if not x.dim() or not x.shape[-1]: raise ValueError(f"x of {x.shape} has no input")
         x = x.reshape(-1, x.shape[-1])
         new = cls(len(x), _square_sum(x))
         if mean or gram: x = x.float()
@@ -54,6 +55,8 @@ class Sums:
     def update(self, x: torch.Tensor):
         "Add another batch of inputs, in place, gathering what is gathered already. Returns itself."
         new = self.of(x, mean=self.mean is not None, gram=self.gram is not None)
+        if len(new.square_sum) != len(self.square_sum):
+            raise ValueError(f"x has {x.shape[-1]} inputs, not {len(self.square_sum)}")
         if self.mean is not None: self.mean, self.spread = _combine(self, new)
         if self.gram is not None: self.gram += new.gram
         self.square_sum += new.square_sum
@@ -79,7 +82,18 @@ class Statistics(Sums):
         "(in, in) 2/n·XᵀX, the second derivative of the mean squared output error (SparseGPT)."
         return self.gram * (2 / max(self.n, 1))
 
-# %% ../nbs/11_scores.ipynb #861efdad
+# %% ../nbs/11_scores.ipynb #904f4320
+def _check_fit(weight, stats=None):
+    "Raise `ValueError` unless weight is a matrix of floats, and stats are of its inputs."
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError("weight must be a matrix (out, in) of floats of 16 bits or more, not "
+                         f"{weight.dtype} of shape {tuple(weight.shape)}")
+    if stats is None: return
+    if stats.n == 0: raise ValueError("stats has seen no token: nothing can be judged on it")
+    if len(stats.square_sum) != weight.shape[1]:
+        raise ValueError(f"weight has {weight.shape[1]} inputs, stats has {len(stats.square_sum)}")
+
+# %% ../nbs/11_scores.ipynb #276aaf4f
 def magnitude(
     weight: torch.Tensor,  # (out, in)
     stats: Statistics | None = None,  # not used; there so that all methods are called alike
@@ -88,9 +102,10 @@ def magnitude(
     pattern: str | None = None,  # or an N:M pattern
 ) -> torch.Tensor:  # pruned, a new tensor
     "Prune the smallest |W| of each row. Raises `ValueError` for an impossible target."
+    _check_fit(weight)
     return apply_mask(weight, select(weight.abs(), sparsity, pattern))
 
-# %% ../nbs/11_scores.ipynb #e08788f5
+# %% ../nbs/11_scores.ipynb #bb66fd4b
 def wanda(
     weight: torch.Tensor,  # (out, in)
     stats: Statistics,  # of the layer's inputs
@@ -100,10 +115,11 @@ def wanda(
     group: str = "row",  # compare within each "row", or over the whole "layer"
 ) -> torch.Tensor:  # pruned, a new tensor
     "Prune the smallest |W|·‖X‖₂ of each row (Sun et al., arXiv 2306.11695). Raises `ValueError`."
+    _check_fit(weight, stats)
     score = weight.abs().float().mul_(stats.norm)
     return apply_mask(weight, select(score, sparsity, pattern, group))
 
-# %% ../nbs/11_scores.ipynb #01fef5b4
+# %% ../nbs/11_scores.ipynb #b2945a63
 def ria(
     weight: torch.Tensor,  # (out, in)
     stats: Statistics,  # of the layer's inputs
@@ -113,6 +129,7 @@ def ria(
     power: float = 0.5,  # the exponent a of the input norm; 0 ignores the inputs
 ) -> torch.Tensor:  # pruned, a new tensor
     "Prune by relative importance and activations (Zhang et al., ICLR 2024). Raises `ValueError`."
+    _check_fit(weight, stats)
     size = weight.abs().float()
     tiny = torch.finfo(size.dtype).tiny
     columns, rows = (size.sum(axis, keepdim=True).clamp_min(tiny) for axis in (0, 1))

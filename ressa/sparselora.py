@@ -6,7 +6,7 @@
 __all__ = ['masked_weight', 'sparse_lora_linear', 'SparseLoraLinear', 'SparseLoraConfig', 'peft_targets', 'SparseLoraModel',
            'check_sparse_lora_weight', 'check_grad_B', 'check_stacked']
 
-# %% ../nbs/30_sparselora.ipynb #8ff45f89
+# %% ../nbs/30_sparselora.ipynb #7a230655
 import functools, warnings
 from dataclasses import dataclass, field
 import torch
@@ -15,6 +15,7 @@ from peft.mapping import (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPI
                           PEFT_TYPE_TO_TUNER_MAPPING)
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from .modality import PARTS, modality_map, per_layer
 
@@ -73,7 +74,7 @@ def _gradients(dy, x, weight, A, B, scale, needed):
         dA, dB = scaled.T @ G, (G @ A.T).mul_(scale)
     return dx, None, db, dA, dB, None
 
-# %% ../nbs/30_sparselora.ipynb #f4df2a85
+# %% ../nbs/30_sparselora.ipynb #f187dd2b
 class _SparseLora(torch.autograd.Function):
     "Y = X(W + s·(BA)⊙[W≠0])ᵀ + b, exact in all gradients, W' rebuilt in backward."
 
@@ -84,11 +85,12 @@ class _SparseLora(torch.autograd.Function):
         return _without_autocast(x.device.type, _product, x, weight, bias, A, B * scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return _without_autocast(dy.device.type, _gradients, dy, *ctx.saved_tensors, ctx.scale,
                                  ctx.needs_input_grad)
 
-# %% ../nbs/30_sparselora.ipynb #afbb6284
+# %% ../nbs/30_sparselora.ipynb #93216a7c
 def sparse_lora_linear(
     x: torch.Tensor,  # (…, in)
     weight: torch.Tensor,  # (out, in) pruned, frozen
@@ -98,6 +100,9 @@ def sparse_lora_linear(
     scale: float | torch.Tensor = 1.0,  # s = α/r, or (r,): one for each rank; gets no gradient
 ) -> torch.Tensor:  # (…, out)
     "A linear layer with a masked update: x(W + s·(BA)⊙[W≠0])ᵀ + b (RESSA, arXiv 2404.02424)."
+    if A.shape[1:] != weight.shape[1:] or B.shape != (len(weight), len(A)):
+        raise ValueError("weight, A and B must be (out, in), (r, in) and (out, r), not "
+                         f"{tuple(weight.shape)}, {tuple(A.shape)} and {tuple(B.shape)}")
     kind = x.device.type
     if torch.is_autocast_enabled(kind): x = x.to(torch.get_autocast_dtype(kind))
     return _SparseLora.apply(x, weight, bias, A, B, scale)
@@ -133,7 +138,7 @@ class SparseLoraLinear(LoraLinear):
         delta, weight = super().get_delta_weight(adapter), self.get_base_layer().weight
         return torch.where(weight != 0, delta, 0)
 
-# %% ../nbs/30_sparselora.ipynb #4acd57e0
+# %% ../nbs/30_sparselora.ipynb #75e18f78
 @dataclass
 class SparseLoraConfig(LoraConfig):
     "A `LoraConfig` whose rank and alpha may be given per part, layer or expression."
@@ -142,7 +147,9 @@ class SparseLoraConfig(LoraConfig):
 
     def __post_init__(self):
         given = self.r
-        self.r = given if isinstance(given, int) else max(given.values(), default=0)
+        ranks = [given] if isinstance(given, int) else given.values()
+        if not ranks or min(ranks) < 1: raise ValueError(f"r must be 1 or more, not {given}")
+        self.r = max(ranks)
         super().__post_init__()
         self.r, self.peft_type = given, "SPARSELORA"
         for name in ("use_dora", "lora_bias", "use_rslora", "fan_in_fan_out"):

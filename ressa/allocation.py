@@ -62,13 +62,13 @@ def grouped(
     for name in names: groups.setdefault(part_of(name), []).append(name)
     return groups
 
-# %% ../nbs/20_allocation.ipynb #6c005f5b
+# %% ../nbs/20_allocation.ipynb #c563dbc0
 def owl(
     model: nn.Module,  # any vision-language model
     batch: dict,  # calibration rows
     sparsity: float,  # of vision and language together
     factor: float = 5.0,  # M
-    spread: float = 0.08,  # λ: how far a block may be from the target
+    spread: float = 0.08,  # λ: the blocks lie over a range of 2λ
     by: str = "block",  # what shares a sparsity: "block" or "layer"
     **limits,  # max_sparsity, m and fixed of `exact`
 ) -> dict:  # layer name → target
@@ -303,45 +303,52 @@ def allocation_named(
         raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, not {name!r}")
     return ALLOCATIONS[name](model, batch, sparsity, seed)
 
-# %% ../nbs/20_allocation.ipynb #c62b00b9
+# %% ../nbs/20_allocation.ipynb #041eeb31
 def check_share_above(
     share_above,  # your function of a score (out, in) and a factor
 ) -> None:
-    "Check exercise 1 on random scores with loud rows; says what was probably compared."
-    score = torch.randn(4, 25).abs() * torch.tensor([[1.0], [1.0], [2.0], [8.0]])
-    want, got = (score > 1.5 * score.mean()).float().mean().item(), float(share_above(score, 1.5))
-    hints = {"each row against its own mean: take the mean over all": score.mean(1, keepdim=True),
-             "that is the median: take the mean": score.median()}
-    why = [hint for hint, middle in hints.items()
-           if abs((score > 1.5 * middle).float().mean().item() - got) < 1e-6]
-    hint = why[0] if why else "a share lies in [0, 1]"
-    assert abs(got - want) < 1e-6, f"{hint}: got {got}, want {want}"
+    "Check exercise 1 on random scores on which all likely mistakes differ; says which was made."
+    shares = {}
+    while len(set(shares.values())) < 4:
+        score = (torch.rand(4, 1) * torch.rand(6) ** 2 * torch.rand(4, 6).double() * 100).ceil()
+        middles = {"right": score.mean(), "that is the median: take the mean": score.median(),
+                   "each row against its own mean: take one of all": score.mean(1, keepdim=True),
+                   "each column against its own mean: take one of all": score.mean(0)}
+        shares = {hint: (score > 2 * m).double().mean().item() for hint, m in middles.items()}
+    got, want = float(share_above(score, 2)), shares["right"]
+    why = [hint for hint, share in shares.items() if abs(share - got) < 1e-6] + ["wrong"]
+    hint = why[0] if 0 <= got <= 1 else "a share lies in [0, 1]"
+    assert abs(got - want) < 1e-6, f"{hint}: got {got}, want {want} for {score.tolist()}"
 
-# %% ../nbs/20_allocation.ipynb #3de79576
+# %% ../nbs/20_allocation.ipynb #f577ce17
 def check_next_group(
     next_group,  # your function of a loss, a dict of losses and a dict of sizes
 ) -> None:
-    "Check exercise 2 on three groups; says which quantity was compared."
-    cases = {"divide by the weights that fall": ((1.3, 1.5, 2.0), (1, 5, 2)),
-             "count the loss that is added, not all of it": ((1.1, 1.9, 3.0), (1, 4, 2)),
-             "a step may lower the loss: keep its sign": ((0.8, 1.2, 0.9), (2, 9, 2))}
-    for hint, columns in cases.items():
-        after, sizes = (dict(zip("abc", column)) for column in columns)
-        prices = {g: (after[g] - 1) / sizes[g] for g in after}
-        got, want = next_group(1.0, after, sizes), min(prices, key=prices.get)
-        assert got == want, f"{hint}: base 1.0, {after=}, {sizes=}: got {got!r}, want {want!r}"
+    "Check exercise 2 on five groups, each the answer to another mistake; says which was made."
+    hints = ("", "divide by the weights that fall", "count the loss that is added, not all of it",
+             "a step may lower the loss: keep its sign", "that is the dearest: take the least")
+    losses, weights = (0.6, 0.5, 3.0, 1.1, 4.0), (10, 20, 1000, 100, 10)
+    for _ in range(3):
+        base, names = torch.randint(5, 15, ()).item() / 10, ["abcde"[i] for i in torch.randperm(5)]
+        after = {g: round(base * loss, 2) for g, loss in sorted(zip(names, losses))}
+        sizes = dict(sorted(zip(names, weights)))
+        got, want = next_group(base, after, sizes), names[0]
+        hint = hints[names.index(got)] if got in names else "return a group, not a number"
+        assert got == want, f"{hint}: {base=}, {after=}, {sizes=}: {got=}, {want=}"
 
-# %% ../nbs/20_allocation.ipynb #3c3f064a
+# %% ../nbs/20_allocation.ipynb #5400f2bd
 def check_slope_along(
     slope_along,  # your function of (loss, weight, direction, step)
 ) -> None:
-    "Check exercise 3 on a quadratic, where the symmetric difference is exact."
-    weight, z = torch.randn(2, 3, dtype=torch.double), torch.randn(2, 3, dtype=torch.double)
-    before, want, step = weight.clone(), abs((2 * weight * z).sum().item()), 0.1
-    got, off = float(slope_along(lambda w: (w ** 2).sum(), weight, z, step)), step * (z ** 2).sum()
-    assert torch.equal(weight, before), "the weight was changed: put it back, or use a copy"
-    assert got >= 0, "take the absolute value"
-    assert abs(got - 2 * want) > 1e-9, "the two points are 2 steps apart: divide by 2 steps"
-    one_sided = min(abs(abs(s * want + off) - got) for s in (1, -1)) < 1e-9
-    assert not one_sided, f"one-sided: off by step·Σz² = {off:.3f}; take both sides"
-    assert abs(got - want) < 1e-9, f"got {got:.4f}, want {want:.4f} for {weight.tolist()}"
+    "Check exercise 3 on a sum of exponentials, uphill and downhill; says what is probably wrong."
+    (weight, z), step = torch.randn(2, 2, 3).double(), 0.1
+    def gap(a, b): return abs((weight + a * z).exp().sum() - (weight + b * z).exp().sum()).item()
+    before, want = weight.clone(), gap(step, -step) / (2 * step)
+    hints = {"the points are 2 steps apart": [2 * want], "take the absolute value": [want],
+             "one-sided: take both sides": [gap(step, 0) / step, gap(0, -step) / step],
+             "move by step times the direction": [gap(1, -1) / 2, gap(1, -1) / (2 * step)]}
+    for direction in (z, -z):
+        got = float(slope_along(lambda w: w.exp().sum(), weight, direction, step))
+        assert torch.equal(weight, before), "the weight was changed: put it back, or use a copy"
+        why = [h for h, v in hints.items() if min(abs(abs(got) - x) for x in v) < 1e-9] + ["wrong"]
+        assert abs(got - want) < 1e-9, f"{why[0]}: {got=:.4f}, {want=:.4f}, {weight=}, {direction=}"

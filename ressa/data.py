@@ -112,13 +112,13 @@ def easy_vqa_processor(
     return InstructBlipProcessor(images, word_tokenizer(texts), word_tokenizer(texts),
                                  num_query_tokens=num_query_tokens)
 
-# %% ../nbs/01_data.ipynb #5fe5ff01
+# %% ../nbs/01_data.ipynb #9f51e8ec
 def _answer_ids(answers, tokenizer):
     "Token ids of each answer, closed by the end-of-sequence token."
     ids = tokenizer([f" {a}" for a in answers], add_special_tokens=False).input_ids
     return [torch.tensor(row + [tokenizer.eos_token_id]) for row in ids]
 
-ANSWER_KIND = {"PaliGemmaProcessor": 1}  # `token_type_ids` of answers; 0 with all other processors
+ANSWER_KIND = {"PaliGemmaProcessor": 1}  # `token_type_ids` of an answer; 0 with other processors
 
 def _tail(name, prompt, answer, kind):
     "What an input that runs along the tokens holds at a row's answer."
@@ -126,7 +126,7 @@ def _tail(name, prompt, answer, kind):
     if prompt.dim() > 1: return prompt[-1:].expand(len(answer), *prompt.shape[1:])  # sees as much
     return torch.full_like(answer, {"attention_mask": 1, "token_type_ids": kind}.get(name, 0))
 
-# %% ../nbs/01_data.ipynb #24b61f3c
+# %% ../nbs/01_data.ipynb #4e3f2b9f
 def _append(batch, answers, pad, kind=0):
     "Put each row's answer behind its last token; pad on the right; label the answers alone."
     keep = batch["attention_mask"].bool()
@@ -143,7 +143,7 @@ def _append(batch, answers, pad, kind=0):
     out["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
     return out
 
-# %% ../nbs/01_data.ipynb #ebb9f0af
+# %% ../nbs/01_data.ipynb #993bb676
 def _pad_right(batch, ids, mask):
     "Move the real tokens of each row to the front, where the batch has such inputs."
     if ids not in batch: return batch
@@ -152,9 +152,9 @@ def _pad_right(batch, ids, mask):
 
 def _as_list(image): return image if isinstance(image, list) else [] if image is None else [image]
 
-# %% ../nbs/01_data.ipynb #90ec3a20
+# %% ../nbs/01_data.ipynb #4744f786
 def collate(
-    rows,  # a list of rows with `image` (or several, or None), `prompt` and, if `answers`, `answer`
+    rows,  # rows with `image` (a list if several, None if none), `prompt` and, if asked, `answer`
     processor,  # the processor of the model
     answers: bool = True,  # append the answers and label them; False: prompts only, for generation
     causal: bool = True,  # False for encoder-decoders, whose answers are not part of the input
@@ -174,7 +174,7 @@ def collate(
     if causal: return batch
     return batch | {"labels": pad_sequence(answer_ids, batch_first=True, padding_value=-100)}
 
-# %% ../nbs/01_data.ipynb #5804c3b2
+# %% ../nbs/01_data.ipynb #9c4030f2
 def calibration_batch(
     data,  # rows with `image`, `prompt` and `answer`
     processor,  # the processor of the model

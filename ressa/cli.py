@@ -7,7 +7,7 @@ __all__ = ['COMMON', 'TESTING', 'REPAIR', 'PRUNING', 'EXAMPLES', 'PLACES', 'COMM
            'peak_memory_mb', 'settings_of', 'walk', 'run_repair', 'run_evaluate', 'run_prune', 'run_pack', 'run_unpack',
            'parse', 'main', 'check_differing', 'check_is_worse', 'check_part_targets']
 
-# %% ../nbs/41_cli.ipynb #80dbadbf
+# %% ../nbs/41_cli.ipynb #6130ad4d
 import argparse
 import json
 import os
@@ -28,7 +28,7 @@ from .prune import METHODS, prune
 from .repair import repair, zero_masks, zeros_filled
 from .report import HEAD, ROWS, html_report, summary_rows, verdict, won_back_shares
 from .storage import pack, unpack
-from .studies import Steps, save_whole, write_json
+from .studies import Steps, read_json, save_whole, write_json
 
 # %% ../nbs/41_cli.ipynb #6c11dcd8
 def _new_folder(out, settings):
@@ -41,7 +41,7 @@ def _new_folder(out, settings):
         why = f"--out {out}: cannot be written: {error.strerror}"
         raise ValueError(f"{why}. Choose another folder.") from None
 
-# %% ../nbs/41_cli.ipynb #e2fbd855
+# %% ../nbs/41_cli.ipynb #bae1e7de
 def open_out(
     out: Path,  # the folder
     settings: dict,  # what this run is asked to do
@@ -50,12 +50,12 @@ def open_out(
     _new_folder(out, settings)
     if not (out / "run.json").exists():
         raise ValueError(f"--out {out}: is not empty, and no run began there. Choose a new folder.")
-    before = json.loads((out / "run.json").read_text())
+    before = read_json(out / "run.json")
     differ = ", ".join(key for key in settings if before.get(key) != settings[key])
     if differ:
         raise ValueError(f"--out {out}: holds a run with another {differ}. Choose a new folder.")
     done = out / "results.json"
-    return json.loads(done.read_text()) if done.exists() else None
+    return read_json(done) if done.exists() else None
 
 # %% ../nbs/41_cli.ipynb #7a33ba17
 def _plain(result):
@@ -158,7 +158,7 @@ def _target(args):
     if args.pattern: return dict(pattern=args.pattern)
     return dict(sparsity={"vision": args.sparsity, "language": args.sparsity} | own)
 
-# %% ../nbs/41_cli.ipynb #813ee440
+# %% ../nbs/41_cli.ipynb #ec3b8a67
 def _check(args):
     "Raise `ValueError` for a number that cannot be, naming its flag."
     for name in ("limit", "steps", "batch_size", "calibration", "train_limit", "test_batch"):
@@ -168,7 +168,7 @@ def _check(args):
     if not 0 <= getattr(args, "distill_weight", 0) <= 1:
         raise ValueError(f"--distill-weight must be in [0, 1], not {args.distill_weight}")
     for name in ("temperature", "lr"):
-        if getattr(args, name, 1) <= 0:
+        if not 0 < getattr(args, name, 1) < float("inf"):
             raise ValueError(f"--{name} must be above 0, not {getattr(args, name)}")
 
 # %% ../nbs/41_cli.ipynb #af84e93b

@@ -18,11 +18,17 @@ from .modality import modality_map
 from .passes import one_look_per_image
 from .prune import prune_layers
 
-# %% ../nbs/21_where.ipynb #38fdec46
+# %% ../nbs/21_where.ipynb #70ef1d23
 class Staged:
     "A model whose front (vision, interface) is pruned once for many prunings of its language."
 
-    def __init__(self, model, calibration, questions, method="wanda"):
+    def __init__(
+        self,
+        model,  # a vision-language model; its weights are overwritten by each pruning
+        calibration,  # the batch to prune with
+        questions,  # batches with labels, to be answered
+        method="wanda",  # as in `prune`
+    ):
         self.model, self.mmap, self.method = model.eval(), modality_map(model), method
         self.batches = [to_device(batch, model.device) for batch in (calibration, *questions)]
         self.dense = {n: layer.weight.data.clone() for n, layer in self.mmap.layers.items()}
@@ -34,7 +40,7 @@ class Staged:
                      progress=False)
 
     def front(self, allocation):
-        "Prune the front, and keep what then arrives at the language model."
+        "Prune the front by layer name → target, and keep what arrives at the language model."
         if self.now == allocation: return
         self._prune(self.model, self.batches[0], allocation, self.dense)
         with one_look_per_image(self.model.vision_model):
@@ -112,17 +118,21 @@ def draw(
     left.set_title(f"{total['weights'] - total['zeros']:,} of {total['weights']:,} weights remain")
     return fig
 
-# %% ../nbs/21_where.ipynb #94444258
+# %% ../nbs/21_where.ipynb #abcee199
 def check_other_share(
     other_share,  # your function of (total, vision, n_vision, n_language)
 ) -> None:
-    "Check exercise 1 on parts of different size."
-    for n_vision, n_language in ((300, 400), (1000, 250)):
-        given = f"{n_vision} and {n_language} weights, vision at 0.9, 0.75 in all"
-        got = other_share(0.75, 0.9, n_vision, n_language)
-        gone = 0.9 * n_vision + got * n_language
-        assert abs(got - 0.6) > 1e-9, f"{given}: the parts are not equally large"
-        want = 0.75 * (n_vision + n_language)
+    "Check exercise 1 on random parts of different size."
+    rng = np.random.default_rng()
+    small, large = (100 * rng.integers((1, 6), (5, 12))).tolist()
+    for n_vision, n_language in ((small, large), (large, small)):
+        vision, language = rng.uniform((0.8, 0.5), (0.9, 0.7)).round(3).tolist()
+        want = vision * n_vision + language * n_language
+        total = want / (n_vision + n_language)
+        given = f"{n_vision} and {n_language} weights, vision at {vision}, {total:.4f} in all"
+        got = other_share(total, vision, n_vision, n_language)
+        gone = vision * n_vision + got * n_language
+        assert abs(got + vision - 2 * total) > 1e-9, f"{given}: the parts are not equally large"
         assert abs(gone - want) < 1e-6, f"{given}: {gone:.0f} are gone, not {want:.0f}"
 
 # %% ../nbs/21_where.ipynb #2ff034e1
@@ -137,12 +147,14 @@ def check_mean_gain(
     want = int((b.mean(1) > a.mean(1)).sum())
     assert ahead == want, f"{ahead} ahead, want {want} of 5: seed by seed, not question by question"
 
-# %% ../nbs/21_where.ipynb #e65dfc1d
+# %% ../nbs/21_where.ipynb #12568d28
 def check_kind_means(
     kind_means,  # your function of an allocation
 ) -> None:
-    "Check exercise 3 on made-up layers."
-    made = {"b.0.self_attn.q": 0.2, "b.0.self_attn.k": 0.4, "b.0.mlp.up": 0.9, "projection": 0.1}
+    "Check exercise 3 on made-up layers with random sparsities."
+    q, k, up = np.random.default_rng().uniform(0.2, 0.9, 3).round(2).tolist()
+    made = {"b.0.self_attn.q": q, "b.0.self_attn.k": k, "b.0.mlp.up": up, "projection": up / 2}
     attention, mlp = kind_means(made)
-    assert abs(mlp - 0.9) < 1e-9, f"mlp {mlp}, want 0.9: the projection is neither, leave it out"
-    assert abs(attention - 0.3) < 1e-9, f"attention {attention}, want 0.3, the mean of 0.2 and 0.4"
+    assert abs(mlp - up) < 1e-9, f"mlp {mlp}, want {up}: the projection is neither, leave it out"
+    given = f"attention {attention}, want {(q + k) / 2:.3f}, the mean of {q} and {k}"
+    assert abs(attention - (q + k) / 2) < 1e-9, given

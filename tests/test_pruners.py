@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from ressa.dsnot import check_row_error, check_victim, dsnot
 from ressa.masks import has_pattern
 from ressa.scores import Statistics, magnitude, ria, wanda
-from ressa.sparsegpt import check_obs_update, check_upper_factor, inverse_factor, sparsegpt
+from ressa.sparsegpt import check_corner_inverse, check_obs_update, inverse_factor, sparsegpt
 
 METHODS = {f.__name__: f for f in (magnitude, wanda, ria, sparsegpt, dsnot)}
 BY_ROW = ["magnitude", "wanda", "ria", "dsnot"]  # the same count in every row, kept weights untouched
@@ -410,9 +410,8 @@ EXERCISES = {
     check_obs_update: (lambda w, H, q: w - w[q] / H.inverse()[q, q] * H.inverse()[q], [
         lambda w, H, q: w - w[q] / H[q, q] * H[q], lambda w, H, q: w - w[q] * H.inverse()[q],
         lambda w, H, q: w.index_fill(0, torch.tensor(q), 0)]),
-    check_upper_factor: (lambda H: torch.linalg.cholesky(H.inverse(), upper=True), [
-        lambda H: torch.linalg.cholesky(H, upper=True), lambda H: torch.linalg.cholesky(H).inverse(),
-        lambda H: torch.linalg.cholesky(H.inverse())]),
+    check_corner_inverse: (lambda U, j: U[j:, j:].T @ U[j:, j:], [
+        lambda U, j: (U.T @ U)[j:, j:], lambda U, j: U[j:, j:] @ U[j:, j:].T, lambda U, j: U[j:, j:]]),
     check_row_error: (lambda w, p, m: (w - p) @ m, [
         lambda w, p, m: p @ m, lambda w, p, m: (p - w) @ m, lambda w, p, m: (w - p).T @ m]),
     check_victim: (lambda push, price, keep: price.masked_fill(~keep | (push >= 0), torch.inf).argmin(), [

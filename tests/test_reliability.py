@@ -1,0 +1,96 @@
+"""Nothing wrong goes through silently; the same seed gives the same bits. Many more rounds: tests/reliability/faults.py."""
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent / "reliability"))
+
+import wrong_calls  # noqa: E402
+from ressa.masks import select  # noqa: E402
+from ressa.scores import Statistics, reconstruction_error  # noqa: E402
+
+METHODS = wrong_calls.METHODS
+SPECIAL = [0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, -1e-38, 3e38, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("group", wrong_calls.GROUPS, ids=lambda group: group.__name__)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_wrong_call_is_refused_by_name_or_gives_a_right_result(group, seed):
+    torch.manual_seed(seed)
+    outcomes = {call.name: wrong_calls.outcome(call) for call in group()}
+    assert {name: found for name, found in outcomes.items() if found not in ("right", "refused")} == {}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(list(METHODS)), st.integers(0, 4), st.sampled_from([1, 4, 7, 8, 16]), st.sampled_from([0.0, 0.5, 0.9, "2:4"]),
+       st.lists(st.tuples(st.sampled_from(["weight", "x"]), st.sampled_from(SPECIAL)), max_size=3), st.integers(0, 2 ** 16))
+def test_any_numbers_at_all(name, out, width, target, places, seed):
+    "A right number of zeros and nothing but finite weights, or a `ValueError`."
+    torch.manual_seed(seed)
+    parts = dict(zip(("weight", "x"), wrong_calls.example(out, width)))
+    for part, value in places:
+        if parts[part].numel(): parts[part] = wrong_calls.spoiled(parts[part], value)
+    target = dict(pattern=target) if isinstance(target, str) else dict(sparsity=target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: pruned = METHODS[name](parts["weight"], Statistics.of(parts["x"]), **target)
+        except ValueError: return
+    assert pruned.shape == parts["weight"].shape and pruned.isfinite().all()
+    fewest = pruned.numel() // 2 if "pattern" in target else out * int(target["sparsity"] * width + 1e-9)
+    assert (pruned == 0).sum() >= fewest
+
+
+def test_the_same_seed_gives_the_same_bits(tmp_path):
+    from patients import repaired
+    first, second = ([w.clone() for w in repaired(tmp_path / str(i), steps=2, batch_size=4, seed=3).parameters()] for i in (1, 2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("name", ["run.json", "results.json"])
+def test_a_broken_file_of_a_run_is_named(tmp_path, name):
+    from ressa.cli import open_out
+    open_out(tmp_path / "out", {"seed": 0})
+    (tmp_path / "out" / name).write_text('{"seed"')
+    with pytest.raises(ValueError, match=name): open_out(tmp_path / "out", {"seed": 0})
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--temperature"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_the_command_refuses_numbers_that_are_none(tmp_path, capsys, flag, value):
+    from ressa.cli import main
+    assert main(["repair", "--out", str(tmp_path / "out"), flag, value]) == 2
+    assert f"{flag} must be above 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_counted_faults_were_survived():
+    "The stored counts of many rounds."
+    stored = json.loads((Path(__file__).parent.parent / "nbs" / "results" / "reliability.json").read_text())
+    for kind, row in stored["faults"].items():
+        assert row["tried"] == row["survived"] + len(row["lost"]) and row["tried"] > 0, kind
+        assert not row["lost"], (kind, row["lost"][:3])
+
+
+# What mutation testing found untested (tests/mutants.py)
+
+
+def test_reconstruction_error_is_relative():
+    x, weight = torch.randn(9, 6), torch.randn(4, 6)
+    assert reconstruction_error(x, weight, torch.zeros(4, 6)) == pytest.approx(1)
+    assert reconstruction_error(x, weight, weight) == 0
+    assert reconstruction_error(x, 3 * weight, 1.5 * weight) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("width", [3, 16, 17, 40])
+def test_of_equal_scores_the_leftmost_fall(width):
+    for group in ("row", "layer"):
+        mask = select(torch.ones(3, width), 0.5, group=group)
+        k = int(0.5 * width) if group == "row" else int(0.5 * 3 * width)
+        flat = mask.reshape(-1, width if group == "row" else 3 * width)
+        assert not flat[:, :k].any() and flat[:, k:].all()

@@ -37,8 +37,10 @@ def won_back_shares(
 # %% ../nbs/40_report.ipynb #f7caea95
 HEAD = ["model", "questions", "95 % interval", "captions", "CIDEr"]
 
-# %% ../nbs/40_report.ipynb #c6ec0e95
-def summary_rows(results: dict) -> list[list[str]]:
+# %% ../nbs/40_report.ipynb #56170e7f
+def summary_rows(
+    results: dict,  # a run: row → accuracy, accuracy_ci; with captions, caption_exact and cider
+) -> list[list[str]]:  # one list per row of `ROWS`, under `HEAD`
     "The summary table: name, accuracy, interval, exact captions, CIDEr."
     rows = []
     for row in ROWS:
@@ -48,8 +50,10 @@ def summary_rows(results: dict) -> list[list[str]]:
         rows.append([NAMES[row], f"{r['accuracy']:.2%}", f"{low:.2%} to {high:.2%}", *told])
     return rows
 
-# %% ../nbs/40_report.ipynb #6447c279
-def verdict(results: dict) -> str:
+# %% ../nbs/40_report.ipynb #3970ea92
+def verdict(
+    results: dict,  # a run: row → accuracy; won_back, zeros_filled
+) -> str:
     "What the run showed, in a sentence or two."
     accuracy = {row: results[row]["accuracy"] for row in ROWS}
     shares = [f"{share:.1%} counted from the {start} model"
@@ -58,10 +62,16 @@ def verdict(results: dict) -> str:
     said += f"Won back: {', '.join(shares)}. " if shares else "There was nothing to win back. "
     if accuracy["repaired"] < accuracy["pruned"]:
         said += "Beware: the repaired model is WORSE than the pruned one. "
+    if accuracy["plain_lora"] >= accuracy["repaired"]:
+        said += (f"Plain LoRA, re-masked, did as well or better: {accuracy['plain_lora']:.2%} "
+                 f"against {accuracy['repaired']:.2%}. ")
     return said + f"Zeros filled by the repair: {results['zeros_filled']}."
 
-# %% ../nbs/40_report.ipynb #2353f37e
-def draw_accuracy(figure, results: dict) -> None:
+# %% ../nbs/40_report.ipynb #0ede84d9
+def draw_accuracy(
+    figure,  # a matplotlib figure without axes
+    results: dict,  # a run: row → accuracy and caption_exact, each with its interval `…_ci`
+) -> None:
     "Bars of exact answers to questions and of exact captions, with their intervals."
     ax = figure.subplots()
     for shift, key, hatch in ((-0.2, "accuracy", None), (0.2, "caption_exact", "//")):
@@ -74,8 +84,11 @@ def draw_accuracy(figure, results: dict) -> None:
     ax.set_yticks(range(len(ROWS)), [NAMES[row] for row in ROWS])
     ax.invert_yaxis()
 
-# %% ../nbs/40_report.ipynb #f6c63b8a
-def draw_training(figure, results: dict) -> None:
+# %% ../nbs/40_report.ipynb #b27e89ca
+def draw_training(
+    figure,  # a matplotlib figure without axes
+    results: dict,  # a run: training → row → list of {step, task_loss, distillation_loss}
+) -> None:
     "The two terms of the loss over the steps of both repairs."
     for ax, key in zip(figure.subplots(1, 2), ("task_loss", "distillation_loss")):
         for row, log in results["training"].items():
@@ -132,8 +145,13 @@ img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow: auto
 @media (max-width: 40rem) { td, th { padding: .2rem; font-size: .8rem } }
 """
 
-# %% ../nbs/40_report.ipynb #e1b482f5
-def html_report(results: dict, done: dict, questions, captions) -> str:
+# %% ../nbs/40_report.ipynb #b92f46fe
+def html_report(
+    results: dict,  # a run, whole
+    done: dict,  # "dense", "pruned", "repaired" → answers and captions, as many as were asked
+    questions,  # rows of a data set: image, prompt, answer
+    captions,  # likewise
+) -> str:  # a page of HTML
     "The report as one self-contained page: table, figures, examples, settings."
     layers = PruneReport([LayerReport(**layer) for layer in results["layers"]])
     answers = ["image", "prompt", "dense", "pruned", "repaired", "right"]

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['CONTRACTIONS', 'RESTORED', 'NUMBERS', 'PUNCTUATION', 'LMMS', 'METRICS', 'agreement', 'normalise_answer',
            'vqa_accuracy', 'lmms_command', 'references_of', 'metric_of', 'Scores', 'score', 'recall_at', 'embed',
-           'retrieval', 'check_left_out', 'check_without_articles', 'check_text_to_image']
+           'retrieval', 'check_chance', 'check_without_articles', 'check_text_to_image']
 
-# %% ../nbs/08_metrics.ipynb #c3b87bf5
+# %% ../nbs/08_metrics.ipynb #58cadde5
 import json
 import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 import numpy as np
 import torch
@@ -62,12 +63,12 @@ def normalise_answer(
     words = [NUMBERS.get(word, word) for word in words]
     return " ".join(RESTORED.get(word, word) for word in words if word not in ("a", "an", "the"))
 
-# %% ../nbs/08_metrics.ipynb #30740032
+# %% ../nbs/08_metrics.ipynb #fdf7aa30
 def vqa_accuracy(
     said: str,  # what the model answered
     people: list[str],  # what people answered; one counts as right or wrong
 ) -> float:  # in [0, 1]
-    "Official VQA accuracy of one answer. Raises `ValueError` without any reference."
+    "VQA accuracy of one answer, both sides normalised. Raises `ValueError` without any reference."
     if isinstance(people, str): raise TypeError(f"people must be a list, not the text {people!r}")
     if not people: raise ValueError("no reference answers: a test split may keep them secret")
     said, written = normalise_answer(said), [normalise_answer(text) for text in people]
@@ -186,16 +187,16 @@ def recall_at(
     return {"image→text": {k: float((nearer < k).float().mean()) for k in ks},
             "text→image": {k: float((before < k).float().mean()) for k in ks}}
 
-# %% ../nbs/08_metrics.ipynb #ee64d651
+# %% ../nbs/08_metrics.ipynb #eebd361c
 @torch.no_grad()
 def embed(
     model: nn.Module,  # with get_image_features and get_text_features, such as CLIP
     processor,  # of the model
     images: list = (),  # PIL images
-    texts: list[str] = (),
-    batch_size: int = 64,
+    texts: list[str] = (),  # each cut to the length that the model reads
+    batch_size: int = 64,  # images or texts at once; the vectors do not depend on it
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (images, width) and (texts, width), of length one
-    "The vectors of images and of texts."
+    "The vectors of images and of texts, in one space: their products are cosines."
     def vectors(items, encode, get):
         pieces = [items[k:k + batch_size] for k in range(0, len(items), batch_size)]
         found = []
@@ -210,12 +211,12 @@ def embed(
                     model.get_image_features),
             vectors(texts, lambda x: processor(text=x, **words), model.get_text_features))
 
-# %% ../nbs/08_metrics.ipynb #3a8588f3
+# %% ../nbs/08_metrics.ipynb #997931c5
 def retrieval(
     model: nn.Module,  # such as CLIP
-    data,  # rows of the house, captions
+    data,  # rows of the house with image, image_id and captions
     processor,  # of the model
-    ks=(1, 5, 10),
+    ks=(1, 5, 10),  # how many of the nearest are looked at
 ) -> dict[str, dict[int, float]]:  # as `recall_at`
     "R@k of a model with two towers; rows with the same `image_id` are one image."
     first = {key: i for i, key in reversed(list(enumerate(data["image_id"])))}
@@ -227,17 +228,21 @@ def retrieval(
     seen, read = embed(model, processor, images, texts)
     return recall_at(seen @ read.T, image_of, ks)
 
-# %% ../nbs/08_metrics.ipynb #26c9fdb0
-def check_left_out(
-    left_out,  # your function of an answer and a list of answers
+# %% ../nbs/08_metrics.ipynb #40a1bff9
+def check_chance(
+    chance,  # your function of (own, texts, k)
 ) -> None:
-    "Check exercise 1 on ten answers, of which one to five agree."
-    for c in np.random.default_rng().permutation(5) + 1:
-        people = ["red"] * c + ["blue"] * (10 - c)
-        got, want = left_out("red", people), agreement(int(c), 10)
-        hints = {min(c / 3, 1): "leave one person out", c / 10: "that is the share who agree"}
+    "Check exercise 1 by counting all draws from a few captions."
+    rng = np.random.default_rng()
+    for own, texts, k in ((int(rng.integers(2, 4)), 7, 3), (4, 6, 3)):
+        draws = list(combinations(range(texts), k))
+        want, got = sum(draw[0] < own for draw in draws) / len(draws), chance(own, texts, k)
+        hints = {k / texts: "any of the image's own captions will do, not one alone",
+                 own * k / texts: "chances of several captions overlap, they do not add up",
+                 1 - (1 - own / texts) ** k: "no caption is drawn twice"}
         hint = next((hint for value, hint in hints.items() if abs(got - value) < 1e-9), "wrong")
-        assert abs(got - want) < 1e-9, f"{hint}: {c} of 10 agree: got {got:.3f}, want {want:.3f}"
+        given = f"{own} own of {texts} captions, k={k}: got {got:.3f}, want {want:.3f}"
+        assert abs(got - want) < 1e-9, f"{hint}: {given}"
 
 # %% ../nbs/08_metrics.ipynb #eecb00ff
 def check_without_articles(
@@ -253,19 +258,20 @@ def check_without_articles(
         "mind the case" if "The" in got else "wrong")
     assert got == want, f"{hint}: {text!r}: got {got!r}, want {want!r}"
 
-# %% ../nbs/08_metrics.ipynb #beec2dbd
+# %% ../nbs/08_metrics.ipynb #8715511d
 def check_text_to_image(
     text_to_image,  # your function of (images, texts) similarities, image_of (texts,), and k
 ) -> None:
     "Check exercise 3 on random similarities, two texts to an image."
-    for _ in range(20):  # until the two directions differ
+    for _ in range(200):  # until right and wrong ways differ
         similarity, image_of = torch.randn(6, 12), torch.arange(12) // 2
-        found = {name: row[2] for name, row in recall_at(similarity, image_of, (2,)).items()}
-        if found["image→text"] != found["text→image"]: break
-    got, want = float(text_to_image(similarity, image_of, 2)), found["text→image"]
-    worst = recall_at(-similarity, image_of, (2,))["text→image"][2]
-    hints = ((found["image→text"], "that is the direction from image to text"),
-             (worst, "those are the least similar"))
-    hint = next((hint for value, hint in hints if abs(got - value) < 1e-6), "wrong")
+        ways = recall_at(similarity, image_of, (1, 2))
+        want = ways["text→image"][2]
+        hints = {ways["image→text"][2]: "that is the direction from image to text",
+                 recall_at(-similarity, image_of, (2,))["text→image"][2]: "the least similar",
+                 ways["text→image"][1]: "look at k images, not at the nearest alone"}
+        if len(hints) == 3 and want not in hints: break
+    got = float(text_to_image(similarity, image_of, 2))
+    hint = next((hint for value, hint in hints.items() if abs(got - value) < 1e-6), "wrong")
     near = abs(got - want) < 1e-6
     assert near, f"{hint}: 6 images, 12 texts, k=2: got {got:.3f}, want {want:.3f}"

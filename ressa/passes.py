@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['before_first_call', 'shared_inputs', 'number_of_rows', 'split_rows', 'blocks_of', 'join_rows', 'pieces_of',
-           'in_pieces', 'inputs_of', 'one_look_per_image', 'take_rows', 'check_sharers', 'check_in_halves',
+           'in_pieces', 'inputs_of', 'take_rows', 'one_look_per_image', 'check_sharers', 'check_in_halves',
            'check_not_met']
 
 # %% ../nbs/04_passes.ipynb #e09c8cf9
@@ -163,6 +163,18 @@ def inputs_of(
     with before_first_call(layers, note), suppress(_Reached): forward(*args, **kwargs)
     return caught
 
+# %% ../nbs/04_passes.ipynb #15215d3e
+def take_rows(
+    value,  # a tensor, or tuples, lists and dictionaries of such
+    rows: torch.Tensor,  # indices
+):
+    "The same structure with the given rows of each tensor."
+    if isinstance(value, torch.Tensor): return value[rows]
+    if isinstance(value, dict):
+        return type(value)({key: take_rows(part, rows) for key, part in value.items()})
+    if isinstance(value, (tuple, list)): return type(value)(take_rows(v, rows) for v in value)
+    return value
+
 # %% ../nbs/04_passes.ipynb #7ae4fb75
 def _new_rows(x):
     "Which rows of x differ from the row before: bool (rows,); the first always counts as new."
@@ -189,18 +201,6 @@ def one_look_per_image(
     try: yield
     finally:
         for hook in hooks: hook.remove()
-
-# %% ../nbs/04_passes.ipynb #15215d3e
-def take_rows(
-    value,  # a tensor, or tuples, lists and dictionaries of such
-    rows: torch.Tensor,  # indices
-):
-    "The same structure with the given rows of each tensor."
-    if isinstance(value, torch.Tensor): return value[rows]
-    if isinstance(value, dict):
-        return type(value)({key: take_rows(part, rows) for key, part in value.items()})
-    if isinstance(value, (tuple, list)): return type(value)(take_rows(v, rows) for v in value)
-    return value
 
 # %% ../nbs/04_passes.ipynb #cfa0e094
 def check_sharers(

@@ -226,6 +226,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                                'ressa.explore.check_all_states': ('explore.html#check_all_states', 'ressa/explore.py'),
                                'ressa.explore.check_draw_kept': ('explore.html#check_draw_kept', 'ressa/explore.py'),
                                'ressa.explore.check_remembered': ('explore.html#check_remembered', 'ressa/explore.py'),
+                               'ressa.explore.check_small_explorer': ('explore.html#check_small_explorer', 'ressa/explore.py'),
                                'ressa.explore.control': ('explore.html#control', 'ressa/explore.py'),
                                'ressa.explore.explorer': ('explore.html#explorer', 'ressa/explore.py'),
                                'ressa.explore.png': ('explore.html#png', 'ressa/explore.py'),

@@ -271,7 +271,7 @@ def _on_dense_inputs(work, model, batch, groups):
     for group in groups:
         if group[0] in stats: work.prune(group, stats[group[0]], time.perf_counter())
 
-# %% ../nbs/14_prune.ipynb #9d28569b
+# %% ../nbs/14_prune.ipynb #2dbe6656
 def _groups(model, batch, layers):
     "Layers of one block that read the very same input, in the order of the pass."
     n = number_of_rows(batch)
@@ -283,7 +283,6 @@ def _groups(model, batch, layers):
         for name in group: groups.setdefault((number, block_of[name]), []).append(name)
     return list(groups.values())
 
-# %% ../nbs/14_prune.ipynb #15ded29c
 @contextmanager
 def _calm(model):
     "While the block runs, the model is in evaluation mode and without a key-value cache."

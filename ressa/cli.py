@@ -7,7 +7,7 @@ __all__ = ['COMMON', 'TESTING', 'REPAIR', 'PRUNING', 'EXAMPLES', 'PLACES', 'COMM
            'peak_memory_mb', 'settings_of', 'walk', 'run_repair', 'run_evaluate', 'run_prune', 'run_pack', 'run_unpack',
            'parse', 'main', 'check_differing', 'check_is_worse', 'check_part_targets']
 
-# %% ../nbs/41_cli.ipynb #6130ad4d
+# %% ../nbs/41_cli.ipynb #72c195da
 import argparse
 import json
 import os
@@ -17,6 +17,7 @@ import time
 import warnings
 from pathlib import Path
 import torch
+from safetensors import SafetensorError
 from . import __version__
 from .bundled import training_rows
 from .data import load_easy_vqa, pick_device
@@ -380,7 +381,7 @@ def _complain(message, code):
     print(f"ressa: error: {message}", file=sys.stderr)
     return code
 
-# %% ../nbs/41_cli.ipynb #0aae02de
+# %% ../nbs/41_cli.ipynb #d32e204c
 def main(
     argv: list[str] | None = None,  # the arguments; None takes those of the process
 ) -> int:  # exit code: 0, or 1 (system), 2 (arguments), 130 (stopped)
@@ -390,7 +391,8 @@ def main(
     _quiet()
     try: args.run(args)
     except ValueError as error: return _complain(error, 2)
-    except OSError as error: return _complain(f"{error.strerror or error}. {again}", 1)
+    except (OSError, SafetensorError) as error:
+        return _complain(f"{getattr(error, 'strerror', None) or error}. {again}", 1)
     except KeyboardInterrupt: return _complain(f"stopped. {again}", 130)
     return 0
 

@@ -6,13 +6,11 @@
 __all__ = ['ADAPTERS', 'RANKS', 'RessaArguments', 'QuietProgress', 'RessaTrainer', 'zero_masks', 'remask', 'zeros_filled',
            'adapt', 'trainable_weights', 'repair', 'check_share_won', 'check_put_back', 'check_keep_zeros']
 
-# %% ../nbs/32_repair.ipynb #c0ea4ca4
-import functools
-import warnings
+# %% ../nbs/32_repair.ipynb #c04cb2b4
+import functools, torch, warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-import torch
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer,
@@ -131,7 +129,7 @@ class RessaTrainer(Trainer):
             logs[name] = (total / count).item()
         return super().log(logs, *args, **kwargs)
 
-# %% ../nbs/32_repair.ipynb #04c8c9bb
+# %% ../nbs/32_repair.ipynb #1c09f163
 def zero_masks(
     model: nn.Module,  # a pruned model
 ) -> dict[str, torch.Tensor]:  # layer name → bool, True = kept
@@ -139,7 +137,6 @@ def zero_masks(
     weights = {name: m.weight for name, m in modality_map(model).layers.items()}
     return {name: w != 0 for name, w in weights.items() if (w == 0).any()}
 
-# %% ../nbs/32_repair.ipynb #d177614d
 def remask(
     model: nn.Module,  # a merged model; changed in place
     masks: dict[str, torch.Tensor],  # layer name → what is kept
@@ -303,18 +300,25 @@ def check_share_won(
     given = f"{dense=:.3f} {pruned=:.3f} {repaired=:.3f}"
     assert abs(got - want) < 1e-6, f"{hint}: {given}: got {got:.3f}, want {want:.3f}"
 
-# %% ../nbs/32_repair.ipynb #7fde1ad5
+# %% ../nbs/32_repair.ipynb #b08f39ff
 def check_put_back(
-    put_back,  # your function of two weights (out, in): merged and pruned
+    put_back,  # your function of two weights (out, in), merged and pruned → weight, share lost
 ) -> None:
     "Check exercise 2 on random weights."
     pruned, merged = torch.randn(3, 5), torch.randn(3, 5)
     pruned = torch.where(torch.rand(3, 5) < 0.5, pruned, 0.0)
-    got, want = put_back(merged, pruned), torch.where(pruned != 0, merged, 0.0)
-    zeros = got[pruned == 0]
-    assert (zeros == 0).all(), "some zero of the pruned weight is filled"
-    assert not torch.signbit(zeros).any(), "a zero is -0.0: use torch.where, do not multiply"
+    pruned[0, :2] = torch.tensor([0.0, 1.0])
+    gone, update = pruned == 0, merged - pruned
+    (got, lost), want = put_back(merged, pruned), torch.where(gone, 0.0, merged)
+    assert (got[gone] == 0).all(), "some zero of the pruned weight is filled"
+    assert not torch.signbit(got[gone]).any(), "a zero is -0.0: use torch.where, do not multiply"
     assert torch.equal(got, want), "a kept weight differs from the merged one"
+    def part(values): return float(values[gone].sum() / values.sum())
+    share, counted = part(update.square()), part(torch.ones(3, 5))
+    hints = {1 - share: "that is what stays", counted: "weigh places by the update, do not count",
+             part(update.abs()): "square the update, entry by entry"}
+    hint = next((hint for wrong, hint in hints.items() if abs(lost - wrong) < 1e-5), "wrong")
+    assert abs(lost - share) < 1e-5, f"{hint}: got {lost:.3f}, want {share:.3f}\n{merged}\n{pruned}"
 
 # %% ../nbs/32_repair.ipynb #3b05f336
 def check_keep_zeros(

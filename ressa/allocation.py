@@ -208,11 +208,16 @@ def before_language(
     except _Arrived: return language, given | {"labels": batch["labels"]}
     finally: hook.remove()
 
-# %% ../nbs/20_allocation.ipynb #8d486213
+# %% ../nbs/20_allocation.ipynb #341d49d3
 class Trials:
     "A model on which allocations are tried, judged on dense statistics; `put({})` makes it dense."
 
-    def __init__(self, model, batch, method="wanda"):
+    def __init__(
+        self,
+        model,  # the dense model; its layers are pruned and put back in place
+        batch,  # calibration rows with labels
+        method="wanda",  # as in `prune`
+    ):
         self.model, self.batch = model.eval(), to_device(batch, model.device)
         self.method, mmap = method_of(method), modality_map(model)
         self.layers, self.last = mmap.layers, set(mmap.linears["language"])

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'TEXT_KEYS', 'SHORT_ANSWER', 'SHORT_CAPTION', 'ADVICE', 'TEST_SPLITS', 'FORMATS', 'DTYPES', 'find_columns',
            'as_texts', 'prompt_writer', 'house_rows', 'advice', 'load_data', 'load_model', 'has_towers', 'writes_apart',
-           'model_batch', 'check_texts_of', 'check_training_answer', 'check_flat']
+           'model_batch', 'check_texts_of', 'check_joined', 'check_flat']
 
-# %% ../nbs/07_hub_data.ipynb #479d8c75
+# %% ../nbs/07_hub_data.ipynb #3062277c
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from datasets import (Dataset, DatasetInfo, Image, concatenate_datasets, get_dataset_split_names,
                       load_dataset)
+from datasets.exceptions import DataFilesNotFoundError
 from datasets.table import InMemoryTable
+from huggingface_hub import errors
 import torch
 from transformers import (AutoConfig, AutoModelForImageTextToText,
                           AutoModelForZeroShotImageClassification, AutoProcessor)
@@ -127,7 +129,20 @@ def _images(data, column, folder):
     if first is None: raise ValueError(f"column {column!r} holds no images")
     return images.cast_column("image", Image(mode="RGB"))
 
-# %% ../nbs/07_hub_data.ipynb #1450bd93
+# %% ../nbs/07_hub_data.ipynb #da64dcec
+def _texts(data, found, caption, write):
+    "All columns of the rows but the image."
+    n = len(data)
+    texts = _references(data, found.get("captions" if caption else "answers") or found["answers"])
+    questions = [""] * n if caption else data[found["question"]]
+    kinds = data[found["kind"]] if "kind" in found else ["question"] * n
+    ids = data[found["image_id"]] if "image_id" in found else range(n)
+    return dict(prompt=[write(question) for question in questions],
+                answer=[t[0] if caption else Counter(t).most_common(1)[0][0] for t in texts],
+                answers=texts, question_type=["caption" if caption else str(k) for k in kinds],
+                image_id=[str(i) for i in ids])
+
+# %% ../nbs/07_hub_data.ipynb #5ec15a37
 def house_rows(
     data: Dataset,  # with an image column, and answers or captions
     processor=None,  # of the model that will read the prompts; None: InstructBLIP's manner
@@ -139,51 +154,56 @@ def house_rows(
     if not len(data): raise ValueError("the data set is empty")
     if task not in (None, "vqa", "caption"):
         raise ValueError(f"task must be 'vqa' or 'caption', not {task!r}")
-    found, n = find_columns(data.column_names, columns), len(data)
+    found = find_columns(data.column_names, columns)
     caption = task == "caption" if task else _is_caption(found, data)
     if not caption: _need(found, data.column_names, "question")
-    texts = _references(data, found.get("captions" if caption else "answers") or found["answers"])
-    kinds = data[found["kind"]] if "kind" in found and not caption else ["question"] * n
-    write, questions = prompt_writer(processor), [""] * n if caption else data[found["question"]]
-    first = [t[0] if caption else Counter(t).most_common(1)[0][0] for t in texts]
-    ids = data[found["image_id"]] if "image_id" in found else range(n)
-    rows = dict(prompt=[write(q) for q in questions], answer=first, answers=texts,
-                question_type=["caption"] * n if caption else [str(kind) for kind in kinds],
-                image_id=[str(i) for i in ids])
-    return concatenate_datasets([_images(data, found["image"], folder), Dataset.from_dict(rows)],
-                                axis=1)
+    rows = Dataset.from_dict(_texts(data, found, caption, prompt_writer(processor)))
+    return concatenate_datasets([_images(data, found["image"], folder), rows], axis=1)
 
-# %% ../nbs/07_hub_data.ipynb #27a1ddcc
-ADVICE = (  # in the message of an error → what to do
-    ("gated", "ask for access on its page on the hub, then log in: hf auth login"),
-    ("is not a valid model identifier|doesn't exist on the Hub|cannot be accessed",
-     "check the spelling; if it is private, log in first: hf auth login"),
-    ("[Cc]ouldn.t (reach|connect)|[Oo]ffline",
+# %% ../nbs/07_hub_data.ipynb #bf7ac4ed
+ADVICE = (  # kinds of error, or words in the message where the kind says little → what to do
+    (errors.GatedRepoError, "gated",
+     "ask for access on its page on the hub, then log in: hf auth login"),
+    (errors.RepositoryNotFoundError, "not a valid model identifier|doesn't exist on the Hub|"
+     "cannot be accessed", "check the spelling; if it is private, log in first: hf auth login"),
+    ((errors.LocalEntryNotFoundError, ConnectionError), "[Cc]ouldn.t (reach|connect)|[Oo]ffline",
      "the hub cannot be reached from here: go online, or give a folder"),
-    ("[Dd]ataset scripts|trust_remote_code|custom code",
+    ((), "[Dd]ataset scripts|trust_remote_code|custom code",
      "it needs code of its own, which is not run here: take a copy without"),
-    ("Config name is missing|BuilderConfig", "say which part of the data set: config"),
-    ("Unknown split|Bad split", "say which split"),
-    ("find any data file|No \\(supported\\) data files", "check the path, and that it holds "
-     "parquet, json or csv"),
-    ("orchvision", "pip install torchvision"),
+    ((), "Config name is missing|BuilderConfig", "say which part of the data set: config"),
+    ((), "Unknown split|Bad split", "say which split"),
+    (DataFilesNotFoundError, "find any data file|No \\(supported\\) data files",
+     "check the path, and that it holds parquet, json or csv"),
+    ((), "orchvision", "pip install torchvision"),
 )
 
-# %% ../nbs/07_hub_data.ipynb #aeb0727c
+# %% ../nbs/07_hub_data.ipynb #b017eec1
+def _kinds(error):
+    "An error, what caused it, what caused that, …"
+    while error: yield error; error = error.__cause__
+
 def advice(
     error: Exception,  # from a loader of transformers or datasets
 ) -> str:  # one line: what went wrong, and what to do
     "The first line of an error's message, and what to do about it."
     text = str(error).strip()
     first = (text.splitlines() or [type(error).__name__])[0].rstrip(". ")
-    todo = next((todo for words, todo in ADVICE if re.search(words, text)), None)
+    todo = next((todo for kind, words, todo in ADVICE if re.search(words, text)
+                 or any(isinstance(e, kind) for e in _kinds(error))), None)
     if todo and "config" in todo and (offered := re.search(r"\[.*?\]", text, re.S)):
         first += f" {' '.join(offered.group().split())}" if offered.group() not in first else ""
     return f"{first}. What to do: {todo}" if todo else first
 
-# %% ../nbs/07_hub_data.ipynb #6a30baac
+# %% ../nbs/07_hub_data.ipynb #99263fb8
 TEST_SPLITS = ("validation", "val", "val2014", "testdev", "test", "train")
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+def _first(stream, limit):
+    "The first rows of a stream as a data set."
+    stream = stream.take(limit)
+    for name, feature in (stream.features or {}).items():
+        if isinstance(feature, Image): stream = stream.cast_column(name, Image(decode=False))
+    return Dataset.from_list(list(stream), features=stream.features)
 
 # %% ../nbs/07_hub_data.ipynb #d7dfb93b
 def _read(name, config, split, limit):
@@ -200,14 +220,6 @@ def _read(name, config, split, limit):
     data = load_dataset(where, split=split, streaming=bool(limit) and not sliced, **options)
     if limit: data = data.select(range(min(limit, len(data)))) if sliced else _first(data, limit)
     return data, path.parent if path.is_file() else path
-
-# %% ../nbs/07_hub_data.ipynb #ff60f0cd
-def _first(stream, limit):
-    "The first rows of a stream as a data set."
-    stream = stream.take(limit)
-    for name, feature in (stream.features or {}).items():
-        if isinstance(feature, Image): stream = stream.cast_column(name, Image(decode=False))
-    return Dataset.from_list(list(stream), features=stream.features)
 
 # %% ../nbs/07_hub_data.ipynb #c8a35068
 def _join_images(data, name, config, split):
@@ -263,15 +275,14 @@ def load_model(
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model.eval().to(device), processor
 
-# %% ../nbs/07_hub_data.ipynb #d89d9d45
+# %% ../nbs/07_hub_data.ipynb #b6f31a9a
 def has_towers(model) -> bool:
     "Whether a model compares images and texts, as CLIP does, and writes nothing."
     return hasattr(model, "get_text_features") and not model.can_generate()
 
 def writes_apart(model) -> bool:
     "Whether a model is an encoder–decoder, which writes apart from what it reads."
-    config = model.config
-    return bool(config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
+    return any(c.is_encoder_decoder for c in (model.config, model.config.get_text_config()))
 
 # %% ../nbs/07_hub_data.ipynb #13f13af7
 def model_batch(
@@ -301,18 +312,21 @@ def check_texts_of(
         if any(isinstance(item, dict) for item in got): hint = "a dictionary is left"
         assert got == want, f"{hint}: {cell}: got {got}, want {want}"
 
-# %% ../nbs/07_hub_data.ipynb #f8426017
-def check_training_answer(
-    training_answer,  # your function of a list of answers
+# %% ../nbs/07_hub_data.ipynb #fe38e7c3
+def check_joined(
+    joined,  # your function of (asked_about, ids, pictures)
 ) -> None:
-    "Check exercise 2 on random words, with and without a tie."
+    "Check exercise 2 on four pictures in random order, and five questions about three of them."
     import random
-    a, b, c = random.sample(["red", "blue", "teal", "gray"], 3)
-    for answers, want in (([c, a, b, a], a), ([b, a, c], b), ([a, b, b, a, c], a)):
-        got = training_answer(answers)
-        hint = "a tie goes to the first" if answers.count(got) == answers.count(want) else (
-            "the first is not the commonest" if got == answers[0] else "not the commonest")
-        assert got == want, f"{hint}: {answers}: got {got!r}, want {want!r}"
+    ids = random.sample(range(10, 99), 4)
+    a, b, c, _ = ids
+    asked_about, pictures = [b, c, b, a, c], [f"picture {i}" for i in ids]
+    got = list(joined(asked_about, ids, pictures))
+    want = [f"picture {i}" for i in asked_about]
+    hint = "one picture per question: an id may be asked about twice" if len(got) != 5 else (
+        "questions keep their order" if sorted(got) == sorted(want) else "wrong picture")
+    if got[:4] == pictures: hint = "pictures are found by their id, not by their place"
+    assert got == want, f"{hint}: asked_about {asked_about}, ids {ids}: got {got}, want {want}"
 
 # %% ../nbs/07_hub_data.ipynb #66662abf
 def check_flat(

@@ -19,12 +19,13 @@ def _combine(a, b):
     spread = a.spread + (b.spread + step.square() * (a.n * b.n / n))
     return a.mean + step * (b.n / n), spread
 
-# %% ../nbs/11_scores.ipynb #0a89e8d3
+# %% ../nbs/11_scores.ipynb #9ebcfacd
 def _square_sum(x):
     "Sum of squares of each column of x (tokens, in), in float32."
     pieces = x.split(1024) if x.device.type == "cpu" else (x,)  # small enough for a CPU's caches
     return sum(piece.float().square().sum(0) for piece in pieces)
 
+# %% ../nbs/11_scores.ipynb #4a0b05b6
 @dataclass
 class Sums:
     "Sums over a layer's inputs `x` (…, in), in float32, that grow with each `update`."

@@ -94,3 +94,40 @@ def test_of_equal_scores_the_leftmost_fall(width):
         k = int(0.5 * width) if group == "row" else int(0.5 * 3 * width)
         flat = mask.reshape(-1, width if group == "row" else 3 * width)
         assert not flat[:, :k].any() and flat[:, k:].all()
+
+
+def test_no_file_holds_more_than_the_limit(tmp_path):
+    from ressa import storage
+    tensors = {str(i): torch.ones(10) for i in range(7)}
+    for limit, files in ((40, 7), (80, 4), (120, 3), (1e9, 1)):
+        assert len(storage._cut(tensors, limit)) == files
+
+
+def test_cached_targets_know_every_part_of_the_images(data):
+    from ressa.distillation import _about
+    rows = data[0].select(range(64))
+    for i in (0, 16, 60):
+        other = data[0].select([*range(i), 3000 + i, *range(i + 1, 64)])
+        texts = {name: rows[name] for name in ("prompt", "answer")}
+
+        class Mixed:  # the same texts, one other image
+            def __len__(self): return 64
+            def __getitem__(self, key): return texts[key] if isinstance(key, str) else other[key]
+
+        assert _about(Mixed(), None, 4, 1.0) != _about(rows, None, 4, 1.0), i
+
+
+def test_default_alpha_is_the_papers(bundled):
+    from ressa.sparselora import peft_targets
+    assert peft_targets(bundled[0], 4)["lora_alpha"] == 16
+
+
+def test_gain_is_a_ratio_of_times_of_all_tokens(monkeypatch):
+    from ressa import packing
+    seen, linear = [], packing.F.linear
+    monkeypatch.setattr(packing.F, "linear", lambda x, w: seen.append(tuple(x.shape)) or linear(x, w))
+    weight = torch.randn(8, 6)
+    clock = iter(range(10 ** 4))
+    monkeypatch.setattr(packing.time, "perf_counter", lambda: next(clock))
+    assert packing.measured_gain(weight, torch.clone, tokens=5, rounds=3) == 1
+    assert set(seen) == {(5, 6)} and len(seen) == 8

@@ -80,10 +80,10 @@ def commands():
 
 class Counts:
     "Kind of fault → tried, survived, and what was lost."
-    def __init__(self): self.rows = {}
+    def __init__(self, rows, part=""): self.rows, self.part = rows, part
 
     def note(self, kind, survived, what=""):
-        row = self.rows.setdefault(kind, dict(tried=0, survived=0, lost=[]))
+        row = self.rows.setdefault(kind, dict(part=self.part, tried=0, survived=0, lost=[]))
         row["tried"] += 1
         row["survived"] += bool(survived)
         if not survived: row["lost"].append(what)
@@ -234,10 +234,10 @@ def run():
     random.seed(args.seed)
     torch.set_num_threads(1)
     about = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
-    counts = Counts()
-    counts.rows |= about.get("faults", {})
+    counts = Counts({kind: row for kind, row in about.get("faults", {}).items() if row["part"] != args.only})
     for part in PARTS:
         if args.only not in (None, part.__name__): continue
+        counts.part = part.__name__
         with tempfile.TemporaryDirectory() as folder: more = part(counts, args.rounds, Path(folder)) or {}
         about |= more | {"rounds": about.get("rounds", {}) | {part.__name__: args.rounds}, "faults": counts.rows}
         about |= dict(seed=args.seed, command="python tests/reliability/faults.py --rounds N, N under rounds",

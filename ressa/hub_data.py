@@ -142,7 +142,7 @@ def _texts(data, found, caption, write):
                 answers=texts, question_type=["caption" if caption else str(k) for k in kinds],
                 image_id=[str(i) for i in ids])
 
-# %% ../nbs/07_hub_data.ipynb #5ec15a37
+# %% ../nbs/07_hub_data.ipynb #baef4a95
 def house_rows(
     data: Dataset,  # with an image column, and answers or captions
     processor=None,  # of the model that will read the prompts; None: InstructBLIP's manner
@@ -156,7 +156,7 @@ def house_rows(
         raise ValueError(f"task must be 'vqa' or 'caption', not {task!r}")
     found = find_columns(data.column_names, columns)
     caption = task == "caption" if task else _is_caption(found, data)
-    if not caption: _need(found, data.column_names, "question")
+    if not caption: [_need(found, data.column_names, key) for key in ("question", "answers")]
     rows = Dataset.from_dict(_texts(data, found, caption, prompt_writer(processor)))
     return concatenate_datasets([_images(data, found["image"], folder), rows], axis=1)
 

@@ -148,3 +148,8 @@ def test_prompts_in_the_manner_of_a_processor():
     Processor.chat_template = None
     assert prompt_writer(Processor())("").startswith("<image>Describe")
     assert prompt_writer()("what?") == "Question: what? Short answer:"
+
+
+def test_a_task_without_its_column_is_refused():
+    rows = Dataset.from_list([dict(image=picture(8, 8), question="what?", captions=["a"])])
+    with pytest.raises(ValueError, match="no column for answers"): house_rows(rows, task="vqa")

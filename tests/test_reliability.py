@@ -131,3 +131,8 @@ def test_gain_is_a_ratio_of_times_of_all_tokens(monkeypatch):
     monkeypatch.setattr(packing.time, "perf_counter", lambda: next(clock))
     assert packing.measured_gain(weight, torch.clone, tokens=5, rounds=3) == 1
     assert set(seen) == {(5, 6)} and len(seen) == 8
+
+
+@pytest.mark.parametrize("dtype, large", [(torch.float32, 3e38), (torch.float16, 6e4)])
+def test_scores_whose_sum_is_too_large_are_no_infinity(dtype, large):
+    assert select(torch.full((2, 8), large, dtype=dtype), 0.5).sum() == 8

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ressa import packing, storage
-from ressa.packing import DTYPES, Packed, accelerate_24, bits_of, pack_tensor, packed_bytes, unpack_tensor
+from ressa.packing import TENSOR_DTYPES, Packed, accelerate_24, bits_of, pack_tensor, packed_bytes, unpack_tensor
 from ressa.scores import magnitude
 from ressa.storage import load_sparse, ordinary_tensors, pack, packed_tensors, save_sparse, unpack
 
@@ -39,7 +39,7 @@ def random_bits(dtype, shape, sparsity):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 9), max_size=4),
+@given(st.sampled_from(list(TENSOR_DTYPES.values())), st.lists(st.integers(0, 9), max_size=4),
        st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]), st.integers(0, 2 ** 30))
 def test_any_tensor_survives(dtype, shape, sparsity, seed):
     torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def some():
 
 @pytest.mark.parametrize("limit", [1, 100, 5e9])
 def test_folder_round_trip(tmp_path, limit):
-    tensors = some() | {str(dtype): random_bits(dtype, (7, 3), 0.8) for dtype in DTYPES.values()}
+    tensors = some() | {str(dtype): random_bits(dtype, (7, 3), 0.8) for dtype in TENSOR_DTYPES.values()}
     with storage._whole(tmp_path / "a") as side: storage._write_packed(side, tensors, limit)
     again = everything(tmp_path / "a")
     assert list(again) == list(tensors)

@@ -136,3 +136,14 @@ def test_gain_is_a_ratio_of_times_of_all_tokens(monkeypatch):
 @pytest.mark.parametrize("dtype, large", [(torch.float32, 3e38), (torch.float16, 6e4)])
 def test_scores_whose_sum_is_too_large_are_no_infinity(dtype, large):
     assert select(torch.full((2, 8), large, dtype=dtype), 0.5).sum() == 8
+
+
+@pytest.mark.parametrize("pattern", ["1:3", "2:5", "3:7"])
+def test_groups_that_do_not_divide_a_block(pattern):
+    "SparseGPT prunes 128 columns at a time, and a group must not be cut."
+    from ressa.masks import has_pattern
+    m = int(pattern[2])
+    weight, x = wrong_calls.example(6, 128 // m * m + 8 * m, tokens=300)
+    for name, method in METHODS.items():
+        pruned = method(weight, Statistics.of(x), pattern=pattern)
+        assert has_pattern(pruned, pattern) and (pruned.reshape(-1, m) == 0).sum(1).eq(m - int(pattern[0])).all(), name

@@ -231,12 +231,12 @@ def _join_images(data, name, config, split):
     images = images.select_columns(["image"]).select([place[key] for key in data["imageId"]])
     return concatenate_datasets([data, images], axis=1)
 
-# %% ../nbs/07_hub_data.ipynb #16e375a0
+# %% ../nbs/07_hub_data.ipynb #7b5574b1
 def load_data(
     name: str,  # a hub id, a folder, or a file in parquet, json or csv
     split: str | None = None,  # such as "validation" or "train[:1000]"; None: see `TEST_SPLITS`
     config: str | None = None,  # the part of a data set that has several
-    limit: int | None = None,  # the first so many rows only; later files stay unread
+    limit: int | None = None,  # the first so many rows only; most later files stay unread
     processor=None,  # of the model that will read the prompts; None: InstructBLIP's manner
     columns: dict | None = None,  # your own choice of columns, see `find_columns`
     task: str | None = None,  # "vqa" or "caption"; None: told from the columns

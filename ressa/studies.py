@@ -152,20 +152,21 @@ def run_study(
     bar.close()
     return [done[_key(setting)] for setting in settings]
 
-# %% ../nbs/05_studies.ipynb #60d7d788
+# %% ../nbs/05_studies.ipynb #51ebff31
 def save_whole(
     model,  # a transformers model
     processor,  # its processor
     folder: str | Path,  # replaced if it exists
 ) -> None:
-    "Save both beside `folder`, then rename: a folder of that name is always a whole model."
+    "Save both beside `folder`, then rename: what has that name is a whole model, old or new."
     folder = Path(folder)
-    side = folder.with_name(folder.name + ".part")
-    shutil.rmtree(side, ignore_errors=True)
+    side, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
+    for rest in (side, old): shutil.rmtree(rest, ignore_errors=True)
     model.save_pretrained(side, safe_serialization=True)
     processor.save_pretrained(side)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists(): os.replace(folder, old)  # a kill here leaves the old model under `old`
     os.replace(side, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/05_studies.ipynb #e0bf1608
 class Steps:

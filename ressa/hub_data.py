@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TEXT_KEYS', 'SHORT_ANSWER', 'SHORT_CAPTION', 'ADVICE', 'TEST_SPLITS', 'FORMATS', 'DTYPES', 'find_columns',
-           'as_texts', 'prompt_writer', 'house_rows', 'advice', 'load_data', 'load_model', 'has_towers', 'writes_apart',
+           'as_texts', 'prompt_writer', 'house_rows', 'advice', 'load_data', 'load_model', 'has_towers', 'is_causal',
            'model_batch', 'check_texts_of', 'check_joined', 'check_flat']
 
 # %% ../nbs/07_hub_data.ipynb #3062277c
@@ -275,16 +275,16 @@ def load_model(
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model.eval().to(device), processor
 
-# %% ../nbs/07_hub_data.ipynb #b6f31a9a
+# %% ../nbs/07_hub_data.ipynb #7b2f3404
 def has_towers(model) -> bool:
     "Whether a model compares images and texts, as CLIP does, and writes nothing."
     return hasattr(model, "get_text_features") and not model.can_generate()
 
-def writes_apart(model) -> bool:
-    "Whether a model is an encoder–decoder, which writes apart from what it reads."
-    return any(c.is_encoder_decoder for c in (model.config, model.config.get_text_config()))
+def is_causal(model) -> bool:
+    "Whether logits at i predict the token at i+1: in all models but encoder-decoders."
+    return not any(c.is_encoder_decoder for c in (model.config, model.config.get_text_config()))
 
-# %% ../nbs/07_hub_data.ipynb #13f13af7
+# %% ../nbs/07_hub_data.ipynb #18167497
 def model_batch(
     model,  # any vision-language model
     rows,  # a list of rows with image, prompt and answer
@@ -296,7 +296,7 @@ def model_batch(
         padding = "max_length" if "siglip" in model.config.model_type else True
         return dict(processor(images=[row["image"] for row in rows], padding=padding,
                               padding_side="right", **texts))
-    return collate(rows, processor, causal=not writes_apart(model))
+    return collate(rows, processor, causal=is_causal(model))
 
 # %% ../nbs/07_hub_data.ipynb #11881528
 def check_texts_of(

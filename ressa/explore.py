@@ -36,7 +36,7 @@ def control(
     import ipywidgets as widgets
     from traitlets import TraitError
     made = None if choice == [] else widgets.interactive.widget_from_abbrev(choice)
-    if made is None: raise ValueError(f"no control for {choice!r}: (low, high, step), list or bool?")
+    if made is None: raise ValueError(f"no control for {choice!r}: want a range, a list or a bool")
     if start is not None:
         with contextlib.suppress(TraitError): made.value = start
         if made.value != start: raise ValueError(f"{start!r} is not in {choice!r}")

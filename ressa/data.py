@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'QUESTION_PROMPT', 'CAPTION_PROMPT', 'CAPTION', 'ANSWER_KIND', 'question_type', 'deduce',
            'load_easy_vqa', 'word_tokenizer', 'easy_vqa_processor', 'collate', 'calibration_batch', 'pick_device',
-           'to_device', 'check_count_labels', 'check_commonest_answers', 'check_trained_places']
+           'to_device', 'Cost', 'cost_of', 'check_count_labels', 'check_commonest_answers', 'check_trained_places']
 
 # %% ../nbs/01_data.ipynb #7a38246a
 import re
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 import easy_vqa
 import torch
 from datasets import Dataset, Image
@@ -211,6 +214,26 @@ def to_device(
 ) -> dict:
     "The same batch with its tensors on `device`."
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+# %% ../nbs/01_data.ipynb #488866a1
+class Cost(NamedTuple):
+    "What one call took: seconds, and MiB at the peak above what was held before (None: not counted)."
+    seconds: float
+    mebibytes: float | None
+
+# %% ../nbs/01_data.ipynb #b41be705
+def cost_of(
+    work: Callable[[], object],  # the step, to be called without arguments; its result is dropped
+    device: torch.device,  # where it works
+) -> Cost:
+    "The cost of a step; the device has finished before each reading of the clock."
+    cuda, wait = device.type == "cuda", getattr(torch, device.type).synchronize
+    wait(); held = torch.cuda.memory_allocated(device) if cuda else 0
+    if cuda: torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    work(); wait()
+    seconds = time.perf_counter() - start
+    return Cost(seconds, (torch.cuda.max_memory_allocated(device) - held) / 2**20 if cuda else None)
 
 # %% ../nbs/01_data.ipynb #1677fdcc
 def check_count_labels(

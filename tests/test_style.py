@@ -155,3 +155,14 @@ def _heading_before(path, cell):
             heading = found[-1] if found else heading
         if c.source == cell.source: return heading
     return heading
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_what_a_gpu_cell_does_has_run_on_a_cpu(path):
+    "A cell that is skipped without a GPU only calls, in another size, what another cell has called."
+    code = cells(path, "code")
+    run = "\n".join(cell.source for cell in code if not flags(cell) & {"gpu", "slow"})
+    for cell in (cell for cell in code if "gpu" in flags(cell)):
+        assert len(lines_of(cell)) <= 6, f"{len(lines_of(cell))} lines: put the step into a function: {cell.source[:80]}"
+        for name in re.findall(r"\b([a-z_]\w*)\(", cell.source):
+            assert re.search(rf"\b{name}\(", run), f"{name} is called only on a GPU: {cell.source[:80]}"

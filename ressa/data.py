@@ -233,7 +233,8 @@ def cost_of(
     start = time.perf_counter()
     work(); wait()
     seconds = time.perf_counter() - start
-    return Cost(seconds, (torch.cuda.max_memory_allocated(device) - held) / 2**20 if cuda else None)
+    if not cuda: return Cost(seconds, None)
+    return Cost(seconds, (torch.cuda.max_memory_allocated(device) - held) / 2**20)
 
 # %% ../nbs/01_data.ipynb #1677fdcc
 def check_count_labels(

@@ -217,7 +217,7 @@ def to_device(
 
 # %% ../nbs/01_data.ipynb #488866a1
 class Cost(NamedTuple):
-    "What one call took: seconds, and MiB at the peak above what was held before (None: not counted)."
+    "What a call took: seconds, and MiB at its peak above those held before (None: not counted)."
     seconds: float
     mebibytes: float | None
 

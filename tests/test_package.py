@@ -1,5 +1,7 @@
 """The library is what the notebooks export, and stands on its own."""
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +57,48 @@ from ressa.all import prune, repair, load_bundled, evaluate, get_peft_model
 """
     done = subprocess.run([sys.executable, "-W", "error::SyntaxWarning", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_import_warns_of_nothing_and_draws_nothing():
+    "What is heavy and not always needed is imported by the function that needs it; its time is in nbs/results/release.json."
+    code = """
+import sys, ressa.all, ressa.cli
+print([m for m in ("matplotlib", "ipywidgets", "IPython", "pycocoevalcap") if m in sys.modules])"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_types():
+    "Every hint agrees with what the code does; `py.typed` tells other people's checkers that they may rely on it."
+    pytest.importorskip("mypy")
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (ROOT / "ressa" / "py.typed").exists() and "py.typed" in (ROOT / "setup.py").read_text()
+
+
+def requirements():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    return settings["DEFAULT"]["version"], settings["DEFAULT"]["requirements"].split()
+
+
+def test_the_oldest_releases_are_those_that_are_allowed():
+    pinned = dict(line.split("==") for line in (ROOT / ".ci" / "oldest.txt").read_text().split("\n") if "==" in line)
+    assert pinned == {name: lowest + ".0" * (2 - lowest.count(".")) if name in pinned and pinned[name].count(".") == 2 else lowest
+                      for name, lowest in (entry.split(">=") for entry in requirements()[1] if ">=" in entry)}
+
+
+def test_the_release_was_installed_and_run_in_empty_environments():
+    "The stored story of each row of the matrix: tests/release.py."
+    stored = json.loads((ROOT / "nbs" / "results" / "release.json").read_text())
+    assert stored["version"] == requirements()[0], "run python tests/release.py"
+    assert {row["name"] for row in stored["rows"]} == {row["name"] for row in json.loads((ROOT / ".ci/matrix.json").read_text())}
+    for row in stored["rows"]:
+        assert [step["exit"] for step in row["story"]] == [0] * len(row["story"]), row["name"]
+        assert any("ressa repair" in step["command"] for step in row["story"])
+        assert any(re.match(r"\d+ passed", step["said"]) for step in row["story"])
+        assert row["import"]["own_seconds"] < 0.2, "what importing costs beyond what others' packages cost"
 
 
 def test_the_model_is_small_and_ordinary():

@@ -6,6 +6,7 @@ A fault is survived if the call is refused by name or its result is right, if da
 again after a kill or an error, ends with the same bits as one that nothing disturbed."""
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
@@ -43,8 +44,17 @@ WRONG = [["--sparsity", "1.3"], ["--sparsity", "nan"], ["--sparsity", "-0.1"], [
          ["--steps", "three"], ["--no-such-flag", "1"], ["--model", os.devnull], ["--data", os.devnull]]
 
 
-def forked(work, limit=None):
-    "Start `work` in a child that may write files of at most `limit` bytes; its output is dropped."
+def obey_modes():
+    "From now on a folder's mode binds this process, as it binds everyone but root (capabilities(7), bits 1 and 2)."
+    version, held = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    call = ctypes.CDLL(None, use_errno=True)
+    if call.capget(version, held): raise OSError(ctypes.get_errno(), "capget")
+    held[0] &= ~0b110
+    if call.capset(version, held): raise OSError(ctypes.get_errno(), "capset")
+
+
+def forked(work, limit=None, modes=False):
+    "Start `work` in a child that may write files of at most `limit` bytes, or where modes allow; its output is dropped."
     child = os.fork()
     if child: return child
     code = 70  # an exception that nobody has met
@@ -53,6 +63,7 @@ def forked(work, limit=None):
         for stream in (1, 2): os.dup2(nowhere, stream)
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
         if limit is not None: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if modes: obey_modes()
         code = work() or 0
     finally: os._exit(code)
 
@@ -181,6 +192,35 @@ def disturbed(counts, rounds, folder):
         print(f"{name}: {seconds:.1f} s undisturbed", file=sys.stderr, flush=True)
 
 
+def read_only(counts, rounds, folder):
+    "Folders that may be read and not written: to write there is refused, to read from there is enough."
+    for name, (run, weights) in commands().items():
+        parent = folder / "locked"
+        def cases():  # the folder that is locked, each time anew
+            parent.mkdir()
+            yield "its parent", parent
+            if weights == ".": return  # an existing folder is never written to
+            (parent / "out").mkdir()
+            yield "the folder", parent / "out"
+        for what, locked in cases():
+            before = sorted(parent.rglob("*"))
+            locked.chmod(0o555)
+            code = ended(forked(lambda: run(parent / "out"), modes=True))
+            locked.chmod(0o755)
+            clear = (code in (1, 2) if name.startswith("ressa") else code == 70) and sorted(parent.rglob("*")) == before
+            counts.note(f"read-only, refused and nothing written: {name}", clear, f"{what}: exit {code}")
+            if locked != parent: locked.rmdir()
+            first = ended(forked(lambda: run(folder / "free"))), bits(folder / "free" / weights)
+            resumed(counts, f"read-only, then again: {name}", run, parent / "out", weights, first[1])
+            shutil.rmtree(folder / "free")
+        shutil.rmtree(parent)
+    packed = folder / "packed"
+    save_sparse(load_bundled("cpu")[0], packed)
+    packed.chmod(0o555)
+    code = ended(forked(lambda: load_sparse(packed) and 0, modes=True))
+    counts.note("read-only, read: load_sparse", code == 0, f"exit {code}")
+
+
 def patient():
     "A pruned copy, the dense model, the processor and the rows."
     model, processor = load_bundled("cpu")
@@ -221,7 +261,7 @@ def memory(counts, rounds, folder, steps=200):
     return {f"memory_mb_at_step_{step}": value for step, value in seen.items()}
 
 
-PARTS = (wrong_calls, wrong_commands, damaged, disturbed, same_again, memory)
+PARTS = (wrong_calls, wrong_commands, damaged, read_only, disturbed, same_again, memory)
 
 
 def run():

@@ -28,6 +28,7 @@ def outlier_share(
     factor: float = 5.0,  # M: an outlier is above so many times the mean
 ) -> float:
     "The share of a block's Wanda scores that are outliers (Yin et al., arXiv 2310.05175)."
+    if not 0 <= factor < math.inf: raise ValueError(f"factor={factor} must be 0 or more")
     scores = torch.cat([(w.abs() * s.norm).flatten() for w, s in zip(weights, stats)])
     return (scores > factor * scores.mean()).float().mean().item()
 
@@ -39,11 +40,11 @@ def dense_statistics(
     method: str | Callable = "wanda",  # gathers what this method needs
 ) -> dict:  # layer name → Statistics
     "The input statistics of each layer that is reached, all on the dense model."
-    method, mmap, mask = method_of(method), modality_map(model), batch.get("attention_mask")
+    rule, mmap, mask = method_of(method), modality_map(model), batch.get("attention_mask")
     mask, shared, stats = None if mask is None else mask.bool(), WeakTensorKeyDictionary(), {}
     def note(name, layer, x):
         kept = _real_tokens(x, None if mmap.part_of(name) == "vision" else mask)
-        if x not in shared: shared[x] = Statistics.of(kept, mean=method.mean, gram=method.gram)
+        if x not in shared: shared[x] = Statistics.of(kept, mean=rule.mean, gram=rule.gram)
         stats[name] = shared[x]
     with before_first_call(mmap.layers, note): model(**batch)
     return stats
@@ -54,15 +55,18 @@ def grouped(
     names,  # names of layers
     by: str = "block",  # "layer", "block" or "part"
 ) -> dict:  # group → names in it
-    "The layers that get a common sparsity."
+    "The layers that get a common sparsity. Raises `ValueError` for another `by`."
     if by == "layer": return {name: [name] for name in names}
     if by == "block": return blocks_of(model, names)
     if by != "part": raise ValueError(f"by must be 'layer', 'block' or 'part', not {by!r}")
-    part_of, groups = modality_map(model).part_of, {}
-    for name in names: groups.setdefault(part_of(name), []).append(name)
+    mmap = modality_map(model)
+    groups: dict[str, list[str]] = {}
+    for name in names: groups.setdefault(mmap.part_of(name), []).append(name)
     return groups
 
 # %% ../nbs/20_allocation.ipynb #c563dbc0
+def _weights(layers, names): return [layers[name].weight.data for name in names]
+
 def owl(
     model: nn.Module,  # any vision-language model
     batch: dict,  # calibration rows
@@ -74,11 +78,12 @@ def owl(
 ) -> dict:  # layer name → target
     "More weights to blocks with more outliers (OWL)."
     stats = dense_statistics(model.eval(), to_device(batch, model.device))
-    layers, wishes = modality_map(model).layers, {}
-    groups = grouped(model, shapes_of(model), by)
-    share = {g: outlier_share([layers[n].weight.detach() for n in names], [stats[n] for n in names],
-                              factor) for g, names in groups.items()}
+    layers, groups = modality_map(model).layers, grouped(model, shapes_of(model), by)
+    share = {g: outlier_share(_weights(layers, names), [stats[n] for n in names], factor)
+             for g, names in groups.items()}
+    if not 0 <= spread < 1: raise ValueError(f"spread={spread} must be from 0 to below 1")
     low, width = min(share.values()), max(share.values()) - min(share.values()) or 1
+    wishes: dict[str, float] = {}
     for group, names in groups.items():
         kept = (share[group] - low) / width * 2 * spread - spread
         wishes |= dict.fromkeys(names, sparsity - kept)
@@ -99,7 +104,7 @@ def slope(
         for w, d, z in zip(weights, dense, noise): w.copy_(d + sign * z)
         ends.append(loss())
     for w, d in zip(weights, dense): w.copy_(d)
-    return abs(ends[0] - ends[1]) / (2 * step)
+    return abs((ends[0] - ends[1]) / (2 * step))
 
 # %% ../nbs/20_allocation.ipynb #c5ea1fc4
 def in_proportion(
@@ -109,6 +114,8 @@ def in_proportion(
     max_sparsity: float,  # what each group keeps at least is 1 − max_sparsity
 ) -> dict:  # group → sparsity
     "Guarantee each group its least, and share the rest of the kept weights out by worth."
+    if not 0 <= sparsity <= max_sparsity <= 1:
+        raise ValueError(f"want 0 ≤ sparsity={sparsity} ≤ max_sparsity={max_sparsity} ≤ 1")
     def kept(c): return {g: min(1, 1 - max_sparsity + c * (worth[g] + 1e-12) / sizes[g])
                          for g in sizes}
     def total(c): return sum(kept(c)[g] * sizes[g] for g in sizes)
@@ -129,13 +136,15 @@ def ecoflap(
     **limits,  # m and fixed of `exact`
 ) -> dict:  # layer name → target
     "More weights to blocks whose slope is larger: forward passes only (ECoFLaP)."
+    if pieces < 1 or not 0 < step < math.inf:
+        raise ValueError(f"pieces={pieces} and step={step} must be above 0")
     top = min(0.99, sparsity + 0.1) if max_sparsity is None else max_sparsity
     generator, shapes = torch.Generator().manual_seed(seed), shapes_of(model.eval())
     groups, layers = grouped(model, shapes, by), modality_map(model).layers
     worth = dict.fromkeys(groups, 0.0)
     for piece in _cut(to_device(batch, model.device), pieces):
         for g, names in groups.items():
-            weights = [layers[n].weight.data for n in names]
+            weights = _weights(layers, names)
             worth[g] += slope(lambda: loss_of(model, piece), weights, generator, step)
     sizes = {g: sum(math.prod(shapes[n]) for n in names) for g, names in groups.items()}
     shares = in_proportion(worth, sizes, sparsity, top)
@@ -148,7 +157,7 @@ def loss_of(
     model: nn.Module,  # called as model(**batch)
     batch: dict,  # rows with labels
 ) -> float:
-    "The loss of a batch, as the model itself defines it."
+    "The loss of a batch, as the model itself defines it. Raises `ValueError` without labels."
     if "labels" not in batch: raise ValueError("the calibration batch needs labels to have a loss")
     return model(**batch).loss.item()
 
@@ -207,6 +216,7 @@ def before_language(
     try: model(**batch)
     except _Arrived: return language, given | {"labels": batch["labels"]}
     finally: hook.remove()
+    return model, batch  # the pass never came there
 
 # %% ../nbs/20_allocation.ipynb #341d49d3
 class Trials:
@@ -243,7 +253,7 @@ class Trials:
         return loss_of(*self.front)
 
 # %% ../nbs/20_allocation.ipynb #f4fbb4c9
-def _steps(trials, groups, shapes, want, begin, parts, m, fixed, max_sparsity):
+def _steps(trials, groups, shapes, want, begin, parts, max_sparsity, m, fixed):
     "Which share of each layer falls, if the steps are taken where they cost least."
     def share(name, k):
         width = shapes[name][1]
@@ -271,15 +281,15 @@ def search(
 ) -> dict:  # layer name → target
     "The allocation of least calibration loss found, never worse there than an even one."
     fixed, shapes = per_layer(fixed or {}, modality_map(model)), shapes_of(model)
-    limits = dict(max_sparsity=max_sparsity, m=m, fixed=fixed)
-    even = exact(dict.fromkeys(shapes, sparsity), shapes, sparsity, **limits)
+    limits = max_sparsity, m, fixed
+    even = exact(dict.fromkeys(shapes, sparsity), shapes, sparsity, *limits)
     groups = grouped(model, [name for name in shapes if name not in fixed], by)
     want = sum(zeros_of(target, shapes[n]) for n, target in even.items() if n not in fixed)
     begin = 2 / 3 * sparsity if start is None else start
     trials = Trials(model, batch, method)
     try:
-        wishes = _steps(trials, groups, shapes, want, begin, m or parts, **limits)
-        found = exact(wishes, shapes, sparsity, **limits)
+        wishes = _steps(trials, groups, shapes, want, begin, m or parts, *limits)
+        found = exact(wishes, shapes, sparsity, *limits)
         return min((even, found), key=trials.loss)
     finally: trials.put({})
 
@@ -313,7 +323,7 @@ def check_share_above(
     share_above,  # your function of a score (out, in) and a factor
 ) -> None:
     "Check exercise 1 on random scores on which all likely mistakes differ; says which was made."
-    shares = {}
+    shares: dict[str, float] = {}
     while len(set(shares.values())) < 4:
         score = (torch.rand(4, 1) * torch.rand(6) ** 2 * torch.rand(4, 6).double() * 100).ceil()
         middles = {"right": score.mean(), "that is the median: take the mean": score.median(),

@@ -16,10 +16,11 @@ def anatomy(
     model: nn.Module,  # any vision-language model; the device may be `meta`
 ) -> dict[str, int]:  # part, or reason for staying dense → number of weights
     "Where all weights of a model are. Raises `ValueError` if a part is missing."
-    mmap, counts, seen = modality_map(model), Counter(), set()
+    mmap, seen = modality_map(model), set()
+    counts: Counter[str] = Counter()
     modules = dict(model.named_modules()) | {type(model).__name__: model}
-    owned = [(mmap.part_of(name), m.weight) for name, m in mmap.layers.items()]
-    owned += [("bias", m.bias) for m in mmap.layers.values() if m.bias is not None]
+    owned = [(mmap.part_of(name), m.get_parameter("weight")) for name, m in mmap.layers.items()]
+    owned += [("bias", m.get_parameter("bias")) for m in mmap.layers.values() if m.bias is not None]
     owned += [(why, weight) for name, why in mmap.left_dense.items()
               for weight in modules[name].parameters(recurse=False)]
     for where, weight in owned:
@@ -33,9 +34,10 @@ def read_layers(
     batch: dict,  # what `model(**batch)` takes; one row will do
     layers: dict,  # name → layer with a `weight`
 ) -> set[str]:  # names
-    "The layers that the logits of one pass depend on, by the graph; no backward pass is made."
+    "The layers that the logits of one pass depend on, by the graph. Raises `ValueError`."
     with torch.enable_grad(): out = model(**batch)
     logits = out.logits if hasattr(out, "logits") else out.logits_per_image
+    if logits.grad_fn is None: raise ValueError("no weight wants a gradient: nothing to read")
     todo, seen, leaves = [logits.grad_fn], set(), set()
     while todo:
         node = todo.pop()

@@ -8,7 +8,6 @@ __all__ = ['FATES', 'fates', 'draw_answers', 'row_of', 'check_flips', 'check_sig
 # %% ../nbs/34_before_after.ipynb #051a2450
 import random, textwrap
 from collections import Counter
-import matplotlib.pyplot as plt
 import numpy as np
 
 # %% ../nbs/34_before_after.ipynb #1111ab28
@@ -34,6 +33,7 @@ def draw_answers(
     title: str = "",
 ):  # → the figure
     "The picture of a row, its question, and the answers of some models."
+    import matplotlib.pyplot as plt  # heavy: who only counts never pays for it
     fig, (left, right) = plt.subplots(1, 2, figsize=(5, 1.9), width_ratios=[1, 1.7],
                                       layout="constrained")
     left.imshow(row["image"]); left.axis("off"); right.axis("off")

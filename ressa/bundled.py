@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 import torch
 import ressa
 from torch import nn
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .data import (CAPTION, COLORS, QUESTION_PROMPT, SHAPES, collate, easy_vqa_processor,
                         load_easy_vqa, pick_device, to_device)
+if TYPE_CHECKING: from transformers import PretrainedConfig
 
 # %% ../nbs/02_bundled.ipynb #62b5771c
 def bundled_config(
@@ -77,18 +79,18 @@ def _place(circle, size, generator):
     y = grid[:, None] - h - uniform(0, 1) * (size - 2 * h)
     return *torch.broadcast_tensors(x, y), w, h
 
-# %% ../nbs/02_bundled.ipynb #2a2b173e
+# %% ../nbs/02_bundled.ipynb #0b4937b4
 RGB = torch.tensor([  # in the order of `COLORS`
     [0, 0, 0], [0, 0, 255], [165, 42, 42], [128, 128, 128],
     [0, 255, 0], [255, 0, 0], [0, 128, 128], [255, 255, 0]]) / 255
 
-# %% ../nbs/02_bundled.ipynb #194ae1f2
 def draw_shapes(
     n: int,  # how many pictures
     generator: torch.Generator,  # where the randomness comes from
     size: int = 64,  # pixels along one side
 ):  # → images (n, 3, size, size) in [-1, 1], shapes (n,), colors (n,)
     "Freshly drawn pictures of the kind of easy-VQA's, with the index of each shape and color."
+    if n < 0 or size < 0: raise ValueError(f"n={n}, size={size}: neither may be below 0")
     shape = torch.randint(len(SHAPES), (n,), generator=generator)
     color = torch.randint(len(COLORS), (n,), generator=generator)
     distance = signed_distances(*_place(shape == 0, size, generator))[range(n), shape]
@@ -114,7 +116,8 @@ def pretrain_vision(
 ) -> list:  # one row per 100 steps: step, loss, accuracy on the shapes of that batch
     "Teach a vision tower shapes and colors on drawn pictures."
     device, generator = next(vision.parameters()).device, torch.Generator().manual_seed(seed)
-    heads = nn.Linear(vision.config.hidden_size, len(SHAPES) + len(COLORS)).to(device)
+    config: PretrainedConfig = vision.config  # type: ignore[assignment]  # nn.Module names none
+    heads = nn.Linear(config.hidden_size, len(SHAPES) + len(COLORS)).to(device)
     optimizer, schedule = _one_cycle([*vision.parameters(), *heads.parameters()], [lr], steps)
     log, bar = [], tqdm(range(1, steps + 1), desc="pretrain vision")
     for step in bar:
@@ -134,6 +137,7 @@ def mirror(
     share: float = 0.5,  # how many rows are flipped, on average
 ) -> dict:
     "The batch with a random share of its images flipped from left to right."
+    if not 0 <= share <= 1: raise ValueError(f"share={share} must be from 0 to 1")
     pixels = batch["pixel_values"]
     flip = torch.rand(len(pixels), 1, 1, 1) < share
     return batch | {"pixel_values": torch.where(flip, pixels.flip(-1), pixels)}
@@ -148,6 +152,7 @@ def last_whole_checkpoint(
         try: json.loads((place / "trainer_state.json").read_text())
         except (OSError, ValueError): shutil.rmtree(place)
         else: return str(place)
+    return None
 
 # %% ../nbs/02_bundled.ipynb #19ae606a
 def training_rows():  # → a `datasets.Dataset`
@@ -156,7 +161,6 @@ def training_rows():  # → a `datasets.Dataset`
     captions = load_easy_vqa("train", task="caption")
     return concatenate_datasets([load_easy_vqa("train"), captions, captions])
 
-# %% ../nbs/02_bundled.ipynb #72c31db4
 def _seeing_and_rest(model):
     "The parameters in two groups for an optimizer: the vision tower's, and all others."
     vision = {id(p) for p in model.vision_model.parameters()}
@@ -176,7 +180,7 @@ def train_answers(
     "Teach the whole model to answer easy-VQA's training questions and to caption its images."
     from transformers import Trainer, TrainingArguments
     args = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=batch_size, seed=seed,
+        str(folder), max_steps=steps, per_device_train_batch_size=batch_size, seed=seed,
         logging_steps=100, save_steps=500, save_total_limit=1, report_to=[],
         remove_unused_columns=False, max_grad_norm=1.0)
     trainer = Trainer(model, args, train_dataset=training_rows(),
@@ -218,10 +222,9 @@ def train_bundled(
     processor.save_pretrained(folder)
     return log
 
-# %% ../nbs/02_bundled.ipynb #a3971231
+# %% ../nbs/02_bundled.ipynb #791e0fed
 BUNDLED = Path(ressa.__file__).parent / "assets/easy-vqa-instructblip"  # an ordinary checkpoint
 
-# %% ../nbs/02_bundled.ipynb #83400a46
 def load_bundled(
     device: str = "auto",  # where the model goes
     dtype: torch.dtype = torch.float32,  # of its weights

@@ -12,7 +12,7 @@ import torch
 def grey_images(
     batch: dict,  # with `pixel_values`
 ) -> dict:
-    "The batch with every image plain mid-grey: words alone."
+    "The batch with every image plain mid-grey: words alone. Raises `KeyError` without images."
     return batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
 
 # %% ../nbs/15_calibration.ipynb #6701c8fc
@@ -20,7 +20,7 @@ def noise_images(
     batch: dict,  # with `pixel_values` in [-1, 1]
     seed: int = 0,  # another seed draws other noise
 ) -> dict:
-    "The batch with every pixel drawn at random from [-1, 1]."
+    "The batch with every pixel drawn at random from [-1, 1]. Raises `KeyError` without images."
     shape, generator = batch["pixel_values"].shape, torch.Generator().manual_seed(seed)
     noise = torch.rand(shape, generator=generator) * 2 - 1
     return batch | {"pixel_values": noise.to(batch["pixel_values"])}
@@ -30,7 +30,7 @@ def check_half_noise(
     half_noise,  # your function of a batch
 ) -> None:
     "Check exercise 1 on a few random images, each of one shade; says which image is wrong."
-    half = torch.randint(2, 5, ()).item()
+    half = int(torch.randint(2, 5, ()))
     pixels = torch.rand(2 * half, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
     got = half_noise({"pixel_values": pixels.clone(), "input_ids": torch.ones(2 * half, 2)})
     assert "input_ids" in got, "the words are gone: keep all other entries"

@@ -18,11 +18,10 @@ from datasets import Dataset, Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn.utils.rnn import pad_sequence
 
-# %% ../nbs/01_data.ipynb #8ca50069
+# %% ../nbs/01_data.ipynb #451bc82f
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
-# %% ../nbs/01_data.ipynb #451bc82f
 def question_type(
     question: str,  # such as "is there a red shape?"
     answer: str,  # such as "yes"
@@ -35,6 +34,7 @@ def question_type(
 # %% ../nbs/01_data.ipynb #b19e0cc8
 QUESTION_PROMPT = "Question: {} Short answer:"
 CAPTION_PROMPT = "A short image caption:"
+CAPTION = "a {} {} on a light ground"
 
 # %% ../nbs/01_data.ipynb #ab11a00d
 def deduce(
@@ -50,9 +50,6 @@ def deduce(
                 if holds and word in values: values &= {word}
                 elif not holds: values.discard(word)
     return left
-
-# %% ../nbs/01_data.ipynb #ea3c4d9a
-CAPTION = "a {} {} on a light ground"
 
 # %% ../nbs/01_data.ipynb #3fac4ba3
 def _rows(split, task):
@@ -186,7 +183,7 @@ def calibration_batch(
     causal: bool = True,  # as in `collate`
 ) -> dict:  # one batch, answers included
     "Draw `n` rows at random, without replacement, as one batch."
-    if len(data) < n:
+    if not 1 <= n <= len(data):
         raise ValueError(f"n={n} calibration rows wanted, but the data set has only {len(data)}")
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n].tolist()
     return collate([data[i] for i in chosen], processor, causal=causal)

@@ -112,6 +112,7 @@ def in_chunks(
     size: int | None = None,  # rows at a time; default: float32 copies of 4 MiB, 64 on a GPU
 ) -> torch.Tensor:  # what f returns, summed over all pieces
     "A sum over rows, a few at a time, forward and backward."
+    if size is not None and size < 1: raise ValueError(f"size={size} must be 1 or more")
     if rows is None: rows = torch.arange(len(z), device=z.device)
     numbers = 2 ** 20 if z.device.type == "cpu" else 2 ** 24
     return _InChunks.apply(z, rows, f, size or max(1, numbers // z.shape[-1]))
@@ -192,6 +193,42 @@ class ModelTeacher:
         "Logits (rows, tokens, vocabulary)."
         with torch.no_grad(): return self.model(**model_inputs(batch)).logits
 
+# %% ../nbs/31_distillation.ipynb #5d5c152b
+def _removed_values(dense, pruned):
+    "Pruned weight → the values that pruning took from it, in a row. Raises `ValueError`."
+    removed = {}
+    for name in modality_map(pruned).layers:
+        weight = pruned.get_parameter(f"{name}.weight")
+        old, gone = dense.get_parameter(f"{name}.weight").data.to(weight.data), weight.data == 0
+        if not torch.equal(old[~gone], weight.data[~gone]):
+            raise ValueError(f"{name}: pruning changed kept weights, so the dense ones cannot "
+                             "be put back: use a second model or cached targets")
+        if gone.any(): removed[weight] = old[gone]
+    return removed
+
+def _put_back(weight, values):
+    "The dense weight again, in a new tensor. Raises `ValueError`."
+    gone = weight == 0
+    if gone.sum() != len(values):
+        raise ValueError("the student's zeros have changed since this teacher was made")
+    return weight.masked_scatter(gone, values.to(weight))
+
+# %% ../nbs/31_distillation.ipynb #0dd4a245
+@contextmanager
+def _dense_in_its_call(layers, removed):
+    "Each layer holds its dense weight while it is called; afterwards all is as before."
+    pruned = {}
+    def put(layer, _):
+        dense = _put_back(layer.weight.data, removed[layer.weight])
+        pruned[layer], layer.weight.data = layer.weight.data, dense
+    def take(layer, *_): layer.weight.data = pruned.pop(layer)
+    hooks = [layer.register_forward_pre_hook(put) for layer in layers]
+    hooks += [layer.register_forward_hook(take) for layer in layers]
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
+        for layer, weight in pruned.items(): layer.weight.data = weight
+
 # %% ../nbs/31_distillation.ipynb #e3c579c4
 @contextmanager
 def _as_base(student):
@@ -208,46 +245,24 @@ def _as_base(student):
 class SelfTeacher:
     "The student's own dense past: its removed weights, put back for a moment. Raises `ValueError`."
     def __init__(self, dense: nn.Module, pruned: nn.Module):  # before adapters are put on
-        self.weights, self.removed = list(pruned.parameters()), {}
-        for name, layer in modality_map(pruned).layers.items():
-            new = layer.weight.data
-            old, gone = dense.get_submodule(name).weight.data.to(new), new == 0
-            if not torch.equal(old[~gone], new[~gone]):
-                raise ValueError(f"{name}: pruning changed kept weights, so the dense ones cannot "
-                                 "be put back: use a second model or cached targets")
-            if gone.any(): self.removed[layer.weight] = old[gone]
+        self.weights, self.removed = list(pruned.parameters()), _removed_values(dense, pruned)
 
     @property
     def nbytes(self) -> int:
         "What it keeps: the removed values."
         return sum(values.nbytes for values in self.removed.values())
 
-    def _dense(self, weight):
-        gone, values = weight.data == 0, self.removed[weight]
-        if gone.sum() != len(values):
-            raise ValueError("the student's zeros have changed since this teacher was made")
-        return weight.data.masked_scatter(gone, values.to(weight.data))
-
     def __call__(self, student: nn.Module, batch: dict) -> torch.Tensor:
         "Logits (rows, tokens, vocabulary) of the student with its dense weights and no adapter."
-        layers = [m for m in student.modules() if m._parameters.get("weight") in self.removed]
+        def pruned(m): return dict(m.named_parameters(recurse=False)).get("weight") in self.removed
+        layers = [module for module in student.modules() if pruned(module)]
         if len(layers) < len(self.removed):
             raise ValueError("the student does not hold the weights that this teacher was made of: "
                              "make the teacher of the very model that is trained")
         if any(weight.requires_grad for weight in self.weights):
             raise ValueError("the student's own weights are trained: use another teacher")
-        pruned = {}
-        def put(layer, _):
-            dense, pruned[layer] = self._dense(layer.weight), layer.weight.data
-            layer.weight.data = dense
-        def take(layer, *_): layer.weight.data = pruned.pop(layer)
-        hooks = [layer.register_forward_pre_hook(put) for layer in layers]
-        hooks += [layer.register_forward_hook(take) for layer in layers]
-        try:
-            with torch.no_grad(), _as_base(student): return student(**model_inputs(batch)).logits
-        finally:
-            for hook in hooks: hook.remove()
-            for layer, weight in pruned.items(): layer.weight.data = weight
+        with torch.no_grad(), _dense_in_its_call(layers, self.removed), _as_base(student):
+            return student(**model_inputs(batch)).logits
 
 # %% ../nbs/31_distillation.ipynb #ddb3edbb
 def _about(data, teacher, k, temperature):
@@ -288,6 +303,7 @@ def cache_targets(
     batch_size: int = 64,
 ) -> Dataset:  # the rows with what the teacher says of them
     "Write down what the teacher says of each row. Raises `ValueError` for a file of other things."
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be 1 or more")
     file, about = Path(file), _about(data, teacher, k, temperature)
     if not file.exists():
         if teacher is None: raise ValueError(f"{file.name} does not exist, and no teacher is given")
@@ -314,7 +330,6 @@ def collate_targets(
     def joined(name): return torch.cat([torch.as_tensor(row[name]) for row in rows])
     return batch | {name: joined(name) for name in ("teacher_log_p", "teacher_words")}
 
-# %% ../nbs/31_distillation.ipynb #137f1f0d
 class CachedTeacher:
     "Reads what `cache_targets` wrote from the batch; no model in memory. Raises `ValueError`."
     def __call__(self, student: nn.Module, batch: dict) -> Targets:

@@ -32,7 +32,7 @@ def _lift(stats, power):
     return stats.mean / (var.clamp_min(least) if least > 0 else torch.ones_like(var)) ** power
 
 # %% ../nbs/13_dsnot.ipynb #1fafebe6
-def _start(weight, stats, sparsity, pattern, start):
+def _start(weight, stats, sparsity, pattern, start) -> torch.Tensor:
     "The pruned weight to begin with, checked against the weight and the target."
     if start is None or sparsity is not None or pattern is not None:
         check_target(sparsity, pattern, weight.shape[1])
@@ -88,15 +88,15 @@ def dsnot(
         raise ValueError("stats has no mean: gather it with Statistics.of(x, mean=True)")
     _check_fit(weight, stats)
     _check_numbers(max_cycles=max_cycles, tolerance=tolerance, power=power)
-    start = _start(weight, stats, sparsity, pattern, start)
-    kept, values = start != 0, torch.where(start != 0, start, weight)
+    begin = _start(weight, stats, sparsity, pattern, start)
+    kept, values = begin != 0, torch.where(begin != 0, begin, weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     wide = dtype if weight.device.type == "mps" else torch.float64
-    error = (weight.to(wide) - start.to(wide)) @ stats.mean.to(wide)
+    error = (weight.to(wide) - begin.to(wide)) @ stats.mean.to(wide)
     if not error.isfinite().all(): raise ValueError("weight or stats holds NaN or infinity")
-    inputs = (t.to(dtype) for t in (stats.mean, _lift(stats, power), stats.norm))
+    mean, lift, norm = (t.to(dtype) for t in (stats.mean, _lift(stats, power), stats.norm))
     m = parse_pattern(pattern)[1] if pattern else weight.shape[1]
-    _trade(values.to(dtype), kept, error, *inputs, m, max_cycles, tolerance)
+    _trade(values.to(dtype), kept, error, mean, lift, norm, m, max_cycles, tolerance)
     return apply_mask(values, kept)
 
 # %% ../nbs/13_dsnot.ipynb #3440723e

@@ -127,8 +127,12 @@ def check_remembered(
     remembered,  # your function of a function
 ) -> None:
     "Check exercise 3 by counting calls."
-    calls, (i, j) = [], random.sample(range(100), 2)
-    quick = remembered(lambda **state: calls.append(state) or sorted(state.items()))
+    i, j = random.sample(range(100), 2)
+    calls: list[dict] = []
+    def draw(**state):
+        calls.append(state)
+        return sorted(state.items())
+    quick = remembered(draw)
     for state in (dict(a=i, b=j), dict(a=j, b=i), dict(c=i, d=j)):
         got = quick(**state)
         assert got == sorted(state.items()), f"{state} gives the picture of another state: {got}"

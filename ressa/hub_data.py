@@ -52,9 +52,8 @@ def find_columns(
     for key, name in columns.items():
         if key not in COLUMNS: raise ValueError(f"columns: {key!r} is none of {list(COLUMNS)}")
         if name not in names: raise ValueError(f"columns: no column {name!r} among {names}")
-    found = {key: next((name for name in known if name in names), None)
-             for key, known in COLUMNS.items()}
-    found = {key: name for key, name in found.items() if name} | columns
+    there = {key: [name for name in known if name in names] for key, known in COLUMNS.items()}
+    found = {key: known[0] for key, known in there.items() if known} | columns
     _need(found, names, "image"); _need(found, names, "answers", "captions")
     return found
 
@@ -275,12 +274,16 @@ def load_model(
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model.eval().to(device), processor
 
-# %% ../nbs/07_hub_data.ipynb #7b2f3404
-def has_towers(model) -> bool:
+# %% ../nbs/07_hub_data.ipynb #f9633f48
+def has_towers(
+    model,  # any model of transformers
+) -> bool:  # True: `model_batch` gives images and captions, without labels
     "Whether a model compares images and texts, as CLIP does, and writes nothing."
     return hasattr(model, "get_text_features") and not model.can_generate()
 
-def is_causal(model) -> bool:
+def is_causal(
+    model,  # one that writes
+) -> bool:  # False: the answer is given apart from the prompt
     "Whether logits at i predict the token at i+1: in all models but encoder-decoders."
     return not any(c.is_encoder_decoder for c in (model.config, model.config.get_text_config()))
 

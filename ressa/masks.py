@@ -84,7 +84,7 @@ def select(
         groups, k = score.reshape(-1, m), m - n
     else:
         groups = score if group == "row" else score.reshape(1, -1)
-        k = int(sparsity * groups.shape[1] + 1e-9)
+        k = int((sparsity or 0) * groups.shape[1] + 1e-9)
     return _stays(groups, k).reshape(score.shape)
 
 # %% ../nbs/10_masks.ipynb #c120a7a9
@@ -142,8 +142,8 @@ def check_patterns(
 ) -> None:
     "Check exercise 2 by enumeration, for 2:4, 1:5, 4:8 and for random N and M."
     from itertools import product
-    m = torch.randint(3, 9, ()).item()
-    for n, m in ((2, 4), (1, 5), (4, 8), (torch.randint(1, m, ()).item(), m)):
+    m = int(torch.randint(3, 9, ()))
+    for n, m in ((2, 4), (1, 5), (4, 8), (int(torch.randint(1, m, ())), m)):
         got, want = patterns(n, m), sum(sum(bits) == n for bits in product((0, 1), repeat=m))
         hint = {math.perm(m, n): "it does not matter in which order weights are kept",
                 2 ** m: "not every mask of m weights keeps exactly n",

@@ -12,13 +12,14 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from .data import to_device
 from .evaluation import answer, cider, interval
 
@@ -167,19 +168,18 @@ def score(
 # %% ../nbs/08_metrics.ipynb #c8f135d9
 def recall_at(
     similarity: torch.Tensor,  # (images, texts)
-    image_of: list[int],  # (texts,) the image that each text belongs to
+    image_of: Sequence[int] | torch.Tensor,  # (texts,) the image that each text belongs to
     ks=(1, 5, 10),  # how many of the nearest are looked at
 ) -> dict[str, dict[int, float]]:  # "image→text" and "text→image": k → share
     "Retrieval in both directions. Equal similarities count against the model."
     if similarity.dim() != 2 or not similarity.isfinite().all():
         raise ValueError("similarity must be finite numbers (images, texts)")
-    similarity, image_of = similarity.float(), torch.as_tensor(image_of)
+    similarity, place = similarity.float(), torch.as_tensor(image_of)
     images, texts = similarity.shape
-    if len(image_of) != texts:
-        raise ValueError(f"image_of has {len(image_of)} entries, not {texts}")
-    if ((image_of < 0) | (image_of >= images)).any():
-        raise ValueError(f"image_of must name images 0 to {images - 1}, not {image_of.tolist()}")
-    right = image_of == torch.arange(images)[:, None]  # (images, texts)
+    if len(place) != texts: raise ValueError(f"image_of has {len(place)} entries, not {texts}")
+    if ((place < 0) | (place >= images)).any():
+        raise ValueError(f"image_of must name images 0 to {images - 1}, not {place.tolist()}")
+    right = place == torch.arange(images)[:, None]  # (images, texts)
     if not right.any(1).all(): raise ValueError("some image has no text: R@k is not defined for it")
     own = torch.where(right, similarity, -torch.inf)
     nearer = ((similarity >= own.amax(1, keepdim=True)) & ~right).sum(1)  # wrong texts before it
@@ -190,10 +190,10 @@ def recall_at(
 # %% ../nbs/08_metrics.ipynb #eebd361c
 @torch.no_grad()
 def embed(
-    model: nn.Module,  # with get_image_features and get_text_features, such as CLIP
+    model: PreTrainedModel,  # with get_image_features and get_text_features, such as CLIP
     processor,  # of the model
-    images: list = (),  # PIL images
-    texts: list[str] = (),  # each cut to the length that the model reads
+    images: Sequence = (),  # PIL images
+    texts: Sequence[str] = (),  # each cut to the length that the model reads
     batch_size: int = 64,  # images or texts at once; the vectors do not depend on it
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (images, width) and (texts, width), of length one
     "The vectors of images and of texts, in one space: their products are cosines."
@@ -213,7 +213,7 @@ def embed(
 
 # %% ../nbs/08_metrics.ipynb #997931c5
 def retrieval(
-    model: nn.Module,  # such as CLIP
+    model: PreTrainedModel,  # such as CLIP
     data,  # rows of the house with image, image_id and captions
     processor,  # of the model
     ks=(1, 5, 10),  # how many of the nearest are looked at

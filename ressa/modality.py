@@ -57,7 +57,6 @@ def _asked(model, part, roots):
     overlaps = any(root.startswith(f"{path}.") or f"{path}.".startswith(root) for root in begun)
     return None if overlaps else path
 
-# %% ../nbs/00_modality.ipynb #293a5294
 def part_roots(
     model: nn.Module,  # any vision-language model of transformers
 ) -> dict[str, str]:  # path → part
@@ -109,7 +108,7 @@ def _unread(model, roots, writes):
 @dataclass
 class ModalityMap:
     "Which linear layer of a model belongs to which part, and what is left dense, with the reason."
-    linears: dict[str, dict[str, nn.Module]]  # part → {layer name: module}
+    linears: Mapping[str, dict[str, nn.Linear]]  # part → {layer name: module}
     left_dense: dict[str, str]  # name of a module or parameter → why it is never pruned
     roots: dict[str, str]  # path → part
 
@@ -119,7 +118,7 @@ class ModalityMap:
         return self.roots[max(inside, key=len)] if inside else "interface"
 
     @property
-    def layers(self) -> dict[str, nn.Module]:
+    def layers(self) -> dict[str, nn.Linear]:
         "All prunable layers of all parts: {layer name: module}."
         return {name: m for part in PARTS for name, m in self.linears[part].items()}
 
@@ -138,8 +137,7 @@ def _head(model, roots):
     language = [model.get_submodule(path) for path, part in roots.items() if part == "language"]
     for owner in (model, *language):
         ask = getattr(owner, "get_output_embeddings", lambda: None)
-        head = ask() or getattr(owner, "lm_head", None)
-        if head is not None: return head
+        if (head := ask() or getattr(owner, "lm_head", None)) is not None: return head
 
 # %% ../nbs/00_modality.ipynb #8170a270
 def modality_map(
@@ -155,7 +153,8 @@ def modality_map(
     for name, module in owners:
         reason = _reason(module, head, shared)
         if reason is None and name.startswith(unread): reason = "output never read"
-        if reason is None: found.linears[found.part_of(name)][name] = module
+        if isinstance(module, nn.Linear) and reason is None:
+            found.linears[found.part_of(name)][name] = module
         else: found.left_dense[name or type(model).__name__] = reason
     return found
 
@@ -181,7 +180,7 @@ def per_layer(
 ) -> dict:  # layer name → value, in the model's order
     "Resolve a setting to layers. Raises `ValueError` for a key that matches nothing."
     if not isinstance(setting, Mapping): setting = {part: setting for part in default_parts}
-    found = {}
+    found: dict[str, tuple] = {}
     for key, value in setting.items():
         exact, names = _matching(key, mmap)
         for name in names:

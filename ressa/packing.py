@@ -26,6 +26,8 @@ def packed_bytes(
     size: int,  # bytes of one
 ) -> int:
     "Bytes of a tensor stored in one of the three ways."
+    if not (0 <= kept <= n and size >= 0):
+        raise ValueError(f"n={n}, kept={kept}, size={size}: want 0 ≤ kept ≤ n, and size above 0")
     if how == "dense": return n * size
     index, values = {"bitmask": (-(-n // 8), kept), "2:4": (3 * -(-n // 32), n // 2)}[how]
     return -(-index // 8) * 8 + values * size
@@ -121,7 +123,7 @@ def _from_planes(index, n):
 class Packed(NamedTuple):
     "A tensor without its zeros."
     how: str  # "dense", "bitmask" or "2:4"
-    index: np.ndarray  # bytes that say where the values belong; none if dense
+    index: np.ndarray  # type: ignore[assignment]  # where the values belong; none if dense
     values: np.ndarray  # their bits
 
 # %% ../nbs/39_packing.ipynb #d35fff67
@@ -185,8 +187,11 @@ def measured_gain(
     rounds: int = 20,  # runs of each form, in turn
 ) -> float:  # above 1: the converted weight is so many times faster
     "How many times faster a linear layer is with a converted weight: ratio of median times."
+    if weight.ndim != 2 or tokens < 1:
+        raise ValueError(f"weight {tuple(weight.shape)}, tokens={tokens}: want two axes, 1 row")
     x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
-    forms, times = (weight, convert(weight)), ([], [])
+    forms = weight, convert(weight)
+    times: tuple[list[float], list[float]] = [], []
     for _ in range(rounds + 1):
         for form, seconds in zip(forms, times):
             start = _now(weight.device)

@@ -42,7 +42,8 @@ def shared_inputs(
     layers: dict,  # name → module
 ) -> list[list[str]]:  # groups of names, in the order of the pass
     "Which layers read the very same tensor."
-    seen, groups = WeakTensorKeyDictionary(), []
+    seen = WeakTensorKeyDictionary()
+    groups: list[list[str]] = []
     def note(name, layer, x):
         if x not in seen:
             seen[x] = len(groups)
@@ -56,6 +57,7 @@ def number_of_rows(
     batch: dict,  # with `input_ids` (rows, tokens), or tensors that all begin with rows
 ) -> int:
     "How many rows a batch has."
+    if not batch: raise ValueError("the batch is empty")
     return len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
 
 # %% ../nbs/04_passes.ipynb #10185777
@@ -66,9 +68,9 @@ def _has_rows(value, n):
 def split_rows(
     value,  # a tensor, or tuples, lists and dictionaries of such; anything else is left alone
     n: int,  # number of rows
-    start: int,
-    end: int,
-):
+    start: int,  # the first row that is taken
+    end: int,  # the first that is not taken any more
+):  # the same nesting of tuples, lists and dictionaries
     "The same structure with rows `start` to `end` of each tensor that has n rows."
     if isinstance(value, dict): return {k: split_rows(v, n, start, end) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -95,6 +97,7 @@ def join_rows(
     pieces: list,  # outputs of a block for consecutive rows
 ):
     "The output that the block would have had for all rows at once."
+    if not pieces: raise ValueError("no pieces to join")
     first = pieces[0]
     if isinstance(first, torch.Tensor): return torch.cat(pieces)
     if isinstance(first, dict):
@@ -104,12 +107,13 @@ def join_rows(
 
 # %% ../nbs/04_passes.ipynb #b60c6834
 def pieces_of(
-    args: tuple,  # what a block is called with
-    kwargs: dict,
+    args: tuple,  # what a block is called with, by position
+    kwargs: dict,  # and by name
     n: int,  # rows of the batch
     size: int,  # rows of a piece
 ) -> list[tuple]:  # (start, end, args, kwargs) of each piece
     "Cut the arguments of a block into pieces; one piece if its hidden states have no rows to cut."
+    if size < 1: raise ValueError(f"size={size} must be 1 or more")
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
     if not tensors or not _has_rows(tensors[0], n): return [(0, n, args, kwargs)]
     ends = [(start, min(start + size, n)) for start in range(0, n, size)]
@@ -127,7 +131,7 @@ def _cutting(name, forward, n, size, visit):
 # %% ../nbs/04_passes.ipynb #d635504c
 @contextmanager
 def in_pieces(
-    model: nn.Module,
+    model: nn.Module,  # that the blocks are in
     names,  # names of blocks
     n: int,  # rows of the batch
     size: int,  # rows that a block may take at once
@@ -152,8 +156,8 @@ class _Reached(Exception):
 def inputs_of(
     layers: dict,  # name → layer inside the block
     forward: Callable,  # the block's forward
-    args: tuple,
-    kwargs: dict,
+    args: tuple,  # what it is called with, by position
+    kwargs: dict,  # and by name
 ) -> dict[str, torch.Tensor]:  # name → what it is given; layers that are not called are left out
     "Run a block until all `layers` have been given their inputs, and return these."
     caught = {}

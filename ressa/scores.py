@@ -76,11 +76,13 @@ class Statistics(Sums):
     @property
     def var(self) -> torch.Tensor:
         "(in,) variance of each input over all tokens, divided by n."
+        if self.spread is None: raise ValueError("no variance was gathered: Statistics.of(x)")
         return self.spread / max(self.n, 1)
 
     @property
     def hessian(self) -> torch.Tensor:
         "(in, in) 2/n·XᵀX, the second derivative of the mean squared output error (SparseGPT)."
+        if self.gram is None: raise ValueError("no Gram matrix was gathered: Statistics.of(x)")
         return self.gram * (2 / max(self.n, 1))
 
 # %% ../nbs/11_scores.ipynb #904f4320

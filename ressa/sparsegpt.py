@@ -106,7 +106,7 @@ def check_obs_update(
 ) -> None:
     "Check exercise 1 on a random row of four weights; says what is probably wrong."
     row, x = torch.randn(4).double(), torch.randn(9, 4).double()
-    H, q = x.T @ x / 4.5, torch.randint(4, ()).item()
+    H, q = x.T @ x / 4.5, int(torch.randint(4, ()))
     inverse, given = H.inverse(), row.clone()
     got, want = obs_update(given, H.clone(), q), row - row[q] / inverse[q, q] * inverse[q]
     assert torch.equal(given, row), "the row was changed in place: return a new one"

@@ -37,6 +37,7 @@ def _masked_(update, weight):
     if not known: return torch.where(weight != 0, update, 0)
     return _hard_shrink_grad(update, weight, 0.0, grad_input=update)
 
+# %% ../nbs/30_sparselora.ipynb #1677b060
 _fuse_on = {"cuda"}  # kinds of device where torch.compile makes one kernel of mask and sum
 
 @functools.cache
@@ -110,6 +111,7 @@ def sparse_lora_linear(
 # %% ../nbs/30_sparselora.ipynb #b8fe8655
 class SparseLoraLinear(LoraLinear):
     "A PEFT LoRA layer whose update is masked by the zeros of its base weight."
+    base_layer: nn.Linear
 
     def _scale(self, name):
         "s of one adapter; while it trains with dropout, s/(1-p) or 0 for each of its ranks."
@@ -135,15 +137,16 @@ class SparseLoraLinear(LoraLinear):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         "s·(BA)⊙[W≠0] of one adapter, (out, in): what merging adds."
-        delta, weight = super().get_delta_weight(adapter), self.get_base_layer().weight
-        return torch.where(weight != 0, delta, 0)
+        delta = super().get_delta_weight(adapter)
+        return torch.where(self.base_layer.weight != 0, delta, 0)
 
 # %% ../nbs/30_sparselora.ipynb #75e18f78
 @dataclass
 class SparseLoraConfig(LoraConfig):
     "A `LoraConfig` whose rank and alpha may be given per part, layer or expression."
-    r: int | dict = field(default_factory=lambda: {"vision": 4, "language": 8, "interface": 2})
-    lora_alpha: int | float | dict = 16
+    r: int | dict = field(  # type: ignore[assignment]  # wider than PEFT's int
+        default_factory=lambda: {"vision": 4, "language": 8, "interface": 2})
+    lora_alpha: int | float | dict = 16  # type: ignore[assignment]
 
     def __post_init__(self):
         given = self.r
@@ -168,6 +171,8 @@ def peft_targets(
     missing = [name for name in ranks if name not in alphas]
     if missing: raise ValueError(f"lora_alpha has no value for {missing[0]}, which r gives a rank")
     if not ranks: raise ValueError(f"r={r!r} gives no layer a rank")
+    if min(ranks.values()) < 1 or not min(alphas.values()) > 0:
+        raise ValueError(f"r={r!r} and lora_alpha={lora_alpha!r} must be above 0")
     return dict(r=max(ranks.values()), lora_alpha=max(alphas.values()), target_modules=set(ranks),
                 rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
                 alpha_pattern={f"^{name}": alphas[name] for name in ranks})
@@ -191,10 +196,13 @@ class SparseLoraModel(LoraModel):
             raise ValueError(f"SparseLoRA adapts nn.Linear layers of floats, not this {kind}")
         return SparseLoraLinear(target, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
 
-# %% ../nbs/30_sparselora.ipynb #1967760c
-PEFT_TYPE_TO_CONFIG_MAPPING["SPARSELORA"] = SparseLoraConfig
-PEFT_TYPE_TO_TUNER_MAPPING["SPARSELORA"] = SparseLoraModel
-PEFT_TYPE_TO_PREFIX_MAPPING["SPARSELORA"] = "lora_"
+# %% ../nbs/30_sparselora.ipynb #d580d0f7
+def _register(kinds: dict, entry):
+    kinds["SPARSELORA"] = entry  # PEFT's own kinds are an enumeration; a string does as well
+
+_register(PEFT_TYPE_TO_CONFIG_MAPPING, SparseLoraConfig)
+_register(PEFT_TYPE_TO_TUNER_MAPPING, SparseLoraModel)
+_register(PEFT_TYPE_TO_PREFIX_MAPPING, "lora_")
 
 # %% ../nbs/30_sparselora.ipynb #33f66fa6
 def check_sparse_lora_weight(

@@ -102,7 +102,7 @@ def _whole(folder):
         raise ValueError(f"{folder}: cannot be written: {error.strerror or error}") from error
     finally: shutil.rmtree(side, ignore_errors=True)
 
-# %% ../nbs/40_storage.ipynb #aa0526c1
+# %% ../nbs/40_storage.ipynb #d5540b43
 ABOUT = "packed by ressa: open it with ressa.storage.load_sparse, or ressa.storage.unpack it"
 
 def _write_json(path, data):
@@ -110,7 +110,6 @@ def _write_json(path, data):
         json.dump(data, file, indent=1)
         _settle(file)
 
-# %% ../nbs/40_storage.ipynb #a12b416a
 def _sum_of(table): return zlib.crc32(json.dumps(table, sort_keys=True).encode())
 
 def _write_packed(folder, tensors, limit):
@@ -289,7 +288,7 @@ def _copy_rest(source, folder):
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True,
                     copy_function=shutil.copyfile)
 
-# %% ../nbs/40_storage.ipynb #998f1f50
+# %% ../nbs/40_storage.ipynb #3f86b807
 def _apart(source, folder):
     "Both as paths. Raises `ValueError` unless `source` is a folder and the other not in it."
     source, folder = Path(source), Path(folder)
@@ -333,14 +332,14 @@ def pack(
     max_shard_size: float = 5e9,  # dense bytes in one file
 ) -> dict:  # bytes of the weights: dense and packed
     "Pack a checkpoint tensor by tensor, without building the model. Raises `ValueError`."
-    source, folder = _apart(source, folder)
-    if (source / "sparse.json").exists(): raise ValueError(f"{source}: is packed already")
-    tensors = ordinary_tensors(source)
-    with _whole(folder) as side:
-        _copy_rest(source, side)
+    origin, place = _apart(source, folder)
+    if (origin / "sparse.json").exists(): raise ValueError(f"{origin}: is packed already")
+    tensors = ordinary_tensors(origin)
+    with _whole(place) as side:
+        _copy_rest(origin, side)
         _write_packed(side, tensors, max_shard_size)
     return dict(dense=sum(_size(tensor) for tensor in tensors.values()),
-                packed=sum(path.stat().st_size for path in folder.glob("sparse-*.safetensors")))
+                packed=sum(path.stat().st_size for path in place.glob("sparse-*.safetensors")))
 
 # %% ../nbs/40_storage.ipynb #34a4b34b
 def _write_ordinary(folder, tensors, limit):

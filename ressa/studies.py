@@ -42,7 +42,8 @@ class Bench:
     def right(self, model: nn.Module, captions: bool = False) -> np.ndarray:
         "(rows,) 1.0 where the greedy answer is the reference, word for word."
         batches = self.captions if captions else self.questions
-        with one_look_per_image(model.vision_model): return exact_match(model.eval(), batches)
+        with one_look_per_image(model.get_submodule("vision_model")):
+            return exact_match(model.eval(), batches)
 
 # %% ../nbs/05_studies.ipynb #a148473a
 def _encoded(data, processor, size=500):
@@ -86,7 +87,9 @@ def write_json(
     indent: int | None = None,  # spaces per level; None: one line
 ) -> None:
     "Write beside the file and rename: a kill leaves the old file or the new one."
-    aside = Path(path).with_name(Path(path).name + ".part")
+    path = Path(path)
+    if path.exists() and not path.is_file(): raise ValueError(f"{path}: is there, and is no file")
+    aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(data, ensure_ascii=False, indent=indent), encoding="utf-8")
     os.replace(aside, path)
 
@@ -152,15 +155,22 @@ def run_study(
     bar.close()
     return [done[_key(setting)] for setting in settings]
 
-# %% ../nbs/05_studies.ipynb #51ebff31
+# %% ../nbs/05_studies.ipynb #47c93326
+def _may_go(folder):
+    "Whether a folder is empty, or holds a model."
+    names = os.listdir(folder) if folder.is_dir() else ["a file"]
+    return not names or "config.json" in names
+
 def save_whole(
     model,  # a transformers model
     processor,  # its processor
-    folder: str | Path,  # replaced if it exists
+    folder: str | Path,  # a new one, an empty one, or a model, which is replaced
 ) -> None:
     "Save both beside `folder`, then rename: what has that name is a whole model, old or new."
     folder = Path(folder)
-    side, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
+    if folder.exists() and not _may_go(folder):
+        raise ValueError(f"{folder}: is there, and is no model. Choose a new folder, or remove it.")
+    side, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
     for rest in (side, old): shutil.rmtree(rest, ignore_errors=True)
     model.save_pretrained(side, safe_serialization=True)
     processor.save_pretrained(side)
@@ -223,7 +233,8 @@ def check_left(
     a, b, c, d = ({"seed": int(s), "r": 8} for s in np.random.default_rng().permutation(9)[:4])
     def row(setting): return {"setting": setting, "accuracy": 0.5}
     turned = dict(reversed(a.items()))
-    cases = (([a, b, c, d], [row(c), row(a)], [b, d], "rows of the file come in any order"),
+    cases: tuple[tuple[list, list, list, str], ...] = (
+             ([a, b, c, d], [row(c), row(a)], [b, d], "rows of the file come in any order"),
              ([a, b], [{"setting": turned}], [b], "the order of keys does not matter"),
              ([a, b, turned], [], [a, b], "a setting that is asked for twice is run once"),
              ([a, b], [row(d), row(c)], [a, b], "the file may hold rows that nobody asks for now"))

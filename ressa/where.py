@@ -6,8 +6,7 @@
 __all__ = ['Staged', 'sensitivity', 'draw_surface', 'draw_mask', 'draw', 'check_other_share', 'check_mean_gain',
            'check_kind_means']
 
-# %% ../nbs/21_where.ipynb #fff27f51
-import matplotlib.pyplot as plt
+# %% ../nbs/21_where.ipynb #faf8f1c1
 import numpy as np
 from .allocation import Trials, before_language
 from .budgets import account, by_modality
@@ -76,6 +75,7 @@ def draw_surface(
     ax=None,  # matplotlib axes; None makes new ones
 ):  # → the axes
     "Accuracy over both sparsities, with contours, the equal-ratio line and one point."
+    import matplotlib.pyplot as plt  # heavy: only for who draws
     ax = ax or plt.subplots(figsize=(4.5, 3.6))[1]
     grid, accuracy = np.array(surface["grid"]), np.array(surface["accuracy"]).T
     image = ax.pcolormesh(grid, grid, accuracy, cmap="cividis", vmin=0, vmax=1, shading="gouraud")
@@ -95,6 +95,7 @@ def draw_mask(
     ax=None,  # matplotlib axes; None makes new ones
 ):  # → the axes
     "Which weights of a layer stay, by Wanda on the inputs of the dense model."
+    import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.5, 3))[1]
     weight, norm = trials.dense[name], trials.stats[name].norm
     mask = select(weight.abs() * norm, sparsity)
@@ -109,6 +110,7 @@ def draw(
     trials: Trials,  # for weights, masks and shapes
 ):  # → the figure
     "The explorer's whole picture, as a pure function of its state."
+    import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     draw_surface(surface, state["vision"], state["language"], left)
     part = modality_map(trials.model).part_of(state["layer"])
@@ -135,17 +137,20 @@ def check_other_share(
         assert abs(got + vision - 2 * total) > 1e-9, f"{given}: the parts are not equally large"
         assert abs(gone - want) < 1e-6, f"{given}: {gone:.0f} are gone, not {want:.0f}"
 
-# %% ../nbs/21_where.ipynb #2ff034e1
+# %% ../nbs/21_where.ipynb #de481f1f
 def check_mean_gain(
     mean_gain,  # your function of two arrays (seeds, rows)
 ) -> None:
-    "Check exercise 2 on random answers."
+    "Check exercise 2 on random answers of three seeds to four questions; says on which."
     rng = np.random.default_rng()
-    a, b = (rng.random((5, 40)) < 0.5).astype(float), (rng.random((5, 40)) < 0.7).astype(float)
+    while True:
+        a, b = rng.integers(0, 2, (2, 3, 4)).astype(float)
+        want, seeds = (b - a).mean(), int((b.mean(1) > a.mean(1)).sum())
+        if abs(want) > 0.1 and seeds not in ((b > a).sum(), (b.mean(0) > a.mean(0)).sum()): break
     gain, ahead = mean_gain(a, b)
-    assert abs(gain - (b - a).mean()) < 1e-9, f"gain {gain}: the mean of b - a, mind the order"
-    want = int((b.mean(1) > a.mean(1)).sum())
-    assert ahead == want, f"{ahead} ahead, want {want} of 5: seed by seed, not question by question"
+    given = f"a = {a.astype(int).tolist()}, b = {b.astype(int).tolist()}"
+    assert abs(gain - want) < 1e-9, f"{given}: gain {gain}, want {want:.3f}: b - a, mind the order"
+    assert ahead == seeds, f"{given}: {ahead} ahead, want {seeds}: seed by seed, not by question"
 
 # %% ../nbs/21_where.ipynb #12568d28
 def check_kind_means(

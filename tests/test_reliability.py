@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent / "reliability"))
 
+import odd_arguments  # noqa: E402
 import wrong_calls  # noqa: E402
 from ressa.masks import select  # noqa: E402
 from ressa.scores import Statistics, reconstruction_error  # noqa: E402
@@ -26,6 +27,17 @@ def test_a_wrong_call_is_refused_by_name_or_gives_a_right_result(group, seed):
     torch.manual_seed(seed)
     outcomes = {call.name: wrong_calls.outcome(call) for call in group()}
     assert {name: found for name, found in outcomes.items() if found not in ("right", "refused")} == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_odd_argument_is_refused_by_name_or_means_something(tmp_path):
+    "Every public function that needs no model; the others too in tests/reliability/faults.py."
+    lost = [row for row in odd_arguments.trials(tmp_path, quick=True) if row[3] == "lost"]
+    assert not lost, lost[:5]
+
+
+def test_every_public_function_is_tried(tmp_path):
+    assert odd_arguments.missing(tmp_path) == ([], [])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

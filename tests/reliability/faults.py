@@ -122,6 +122,14 @@ def wrong_commands(counts, rounds, folder):
         shutil.rmtree(out, ignore_errors=True)
 
 
+def odd_arguments(counts, rounds, folder):
+    "Every public function with one argument made odd; nothing about it is random."
+    import odd_arguments as odd
+    for name, argument, instead, found, said in odd.trials(folder):
+        kind = "odd argument, refused by name" if found == "refused" else "odd argument, or none: a right result"
+        counts.note("odd argument: another error" if found == "lost" else kind, found != "lost", f"{name}({argument}={instead}): {said}")
+
+
 def damaged(counts, rounds, folder):
     "Random damage to a packed model: bytes turned over, runs of zeros, cuts, files gone or exchanged."
     pristine = folder / "pristine"
@@ -261,7 +269,7 @@ def memory(counts, rounds, folder, steps=200):
     return {f"memory_mb_at_step_{step}": value for step, value in seen.items()}
 
 
-PARTS = (wrong_calls, wrong_commands, damaged, read_only, disturbed, same_again, memory)
+PARTS = (wrong_calls, odd_arguments, wrong_commands, damaged, read_only, disturbed, same_again, memory)
 
 
 def run():

@@ -39,7 +39,16 @@ LEFT_OUT = {  # name → why
     "pruned_model": "a run of minutes", "repair_run": "a run of minutes", "load_model": "see test_hub_data", "load_data": "see test_hub_data",
     "house_rows": "see test_hub_data", "embed": "needs towers, see test_metrics", "retrieval": "needs towers, see test_metrics",
     "metric_of": "reads names of columns", "references_of": "reads names of columns", "Staged": "see test_allocation",
-    "draw": "see test_allocation", "search": "see test_allocation", "SelfTeacher": "see test_distillation"}
+    "draw": "see test_allocation", "search": "see test_allocation", "SelfTeacher": "see test_distillation",
+    **dict.fromkeys(("advice", "prompt_writer", "model_batch"), "see test_hub_data"), "accelerate_24": "needs a CUDA device, see test_storage",
+    **dict.fromkeys(("before_first_call", "in_pieces", "one_look_per_image"), "context managers, see test_prune and test_allocation"),
+    **dict.fromkeys(("bundled_config", "easy_vqa_processor", "signed_distances"), "how the bundled model was made"),
+    "collate_targets": "given rows by the trainer, see test_distillation", "deduce": "one call on a published file",
+    **dict.fromkeys(("draw_accuracy", "draw_training", "html_report", "summary_rows", "verdict", "plain_row", "measure"),
+                    "given results of the command, see test_cli"),
+    **dict.fromkeys(("draw_mask", "draw_surface", "sensitivity"), "see test_allocation"), "peak_memory_mb": "no argument",
+    **dict.fromkeys(("explorer", "small_multiples", "image_tag"), "see test_explore and test_cli"),
+    **dict.fromkeys(("exact", "lmms_command"), "see wrong_calls"), "run_study": "see test_studies"}
 
 
 @functools.cache
@@ -155,6 +164,7 @@ def right_calls(folder):
         ordinary_tensors=dict(folder=plain), pack=dict(source=plain, folder=lambda: new("pack"), max_shard_size=1e6),
         unpack=dict(source=packed, folder=lambda: new("unpack"), max_shard_size=1e6),
         pack_right=dict(right=np.array([1.0, 0.0, 1.0])), unpack_right=dict(text="oA==", n=3), write_json=dict(path=lambda: new("x.json"), data={}),
+        wilson=dict(right=[1, 0, 1], z=1.96), read_json=dict(path=lambda: packed / "config.json"),
         save_whole=dict(model=model, processor=processor, folder=lambda: new("whole")),
         draw_shapes=dict(n=2, generator=lambda: torch.Generator().manual_seed(0), size=64), mirror=dict(batch=batch, share=0.5),
         last_whole_checkpoint=dict(folder=folder), load_bundled=dict(device="cpu"), redrawn=dict(x=np.ones((2, 4)), draws=3),

@@ -109,6 +109,7 @@ def chosen_rows(
     if images:
         names = np.array(data["image_id"])[keep]
         keep = keep[np.isin(names, generator.permutation(np.unique(names))[:images])]
+    if pairs is not None and pairs < 1: raise ValueError(f"pairs={pairs} must be 1 or more")
     if pairs: keep = generator.permutation(keep)[:pairs]
     if labels is None: return data.select(keep)
     known = generator.permutation(keep)[:round(labels * len(keep))]
@@ -226,10 +227,11 @@ def check_labels_worth(
     "Check exercise 2 on a random rising curve."
     accuracies = np.sort(np.random.default_rng().uniform(0.5, 1, 3))
     curve = dict(zip((0.01, 0.1, 1.0), accuracies.tolist()))
-    middle = float(accuracies[:2].mean())
-    want, got = 10 ** -1.5, labels_worth(curve, middle)
+    part = float(np.random.default_rng().uniform(0.2, 0.8))
+    middle = float(accuracies[0] + part * (accuracies[1] - accuracies[0]))
+    want, got = 10 ** (part - 2), labels_worth(curve, middle)
     given = f"curve {curve}, accuracy {middle:.3f}: got {got:.4f}"
-    assert abs(got - 0.055) > 1e-6, f"{given}: interpolate the logarithm of the share"
+    assert abs(got - (0.01 + 0.09 * part)) > 1e-6, f"{given}: interpolate log(share)"
     assert not 0.1 < got <= 1, f"{given}, which lies between the wrong two shares"
     assert abs(got - want) < 1e-6, f"{given}, want {want:.4f}"
 

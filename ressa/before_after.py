@@ -57,18 +57,21 @@ def row_of(
     if not len(rows): raise ValueError(f"no question has the fate {wanted!r}")
     return int(rows[(number - 1) % len(rows)])
 
-# %% ../nbs/34_before_after.ipynb #ce9123ee
+# %% ../nbs/34_before_after.ipynb #becadf02
 def check_flips(
     flips,  # your function of two arrays (n,) of zeros and ones
 ) -> None:
     "Check exercise 1 on random answers."
-    before, after = np.array([0, 0, 0, 1, 1]), np.array([1, 1, 0, 0, 1])
-    order = np.random.default_rng().permutation(5)
+    lost = int(np.random.default_rng().integers(1, 4))
+    won = lost + int(np.random.default_rng().integers(1, 4))
+    times = won, lost, 1, 1
+    before, after = np.repeat([0, 1, 0, 1], times), np.repeat([1, 0, 0, 1], times)
+    order = np.random.default_rng().permutation(len(before))
     got = tuple(map(int, flips(before[order], after[order])))
     given = f"{before[order]}, {after[order]}"
-    assert got != (1, 2), f"{given}: won and lost are swapped"
-    assert got != (1, 0), f"{given}: the difference hides what was lost: count both"
-    assert got == (2, 1), f"{given}: got {got}, want (2, 1)"
+    assert got != (lost, won), f"{given}: won and lost are swapped"
+    assert got != (won - lost, 0), f"{given}: the difference hides what was lost: count both"
+    assert got == (won, lost), f"{given}: got {got}, want {(won, lost)}"
 
 # %% ../nbs/34_before_after.ipynb #7ab8fd7d
 def check_sign_test(

@@ -111,7 +111,7 @@ def in_chunks(
     rows: torch.Tensor | None = None,  # (n,) which positions, each once; default: all
     size: int | None = None,  # rows at a time; default: float32 copies of 4 MiB, 64 on a GPU
 ) -> torch.Tensor:  # what f returns, summed over all pieces
-    "A sum over rows, a few at a time, forward and backward."
+    "A sum over rows, a few at a time, forward and backward. Raises `ValueError`."
     if size is not None and size < 1: raise ValueError(f"size={size} must be 1 or more")
     if rows is None: rows = torch.arange(len(z), device=z.device)
     numbers = 2 ** 20 if z.device.type == "cpu" else 2 ** 24
@@ -302,7 +302,7 @@ def cache_targets(
     temperature: float = 1.0,  # T
     batch_size: int = 64,
 ) -> Dataset:  # the rows with what the teacher says of them
-    "Write down what the teacher says of each row. Raises `ValueError` for a file of other things."
+    "Write down what the teacher says of each row. Raises `ValueError`, as for a foreign file."
     if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be 1 or more")
     file, about = Path(file), _about(data, teacher, k, temperature)
     if not file.exists():

@@ -280,13 +280,13 @@ def repair(
     train_dataset,  # rows with image, prompt and answer
     processor,  # the processor of both
     folder: str | Path,  # checkpoints go here; a repair that was stopped goes on from the last one
-    steps: int = 200,
-    batch_size: int = 64,
+    steps: int = 200,  # of the optimizer
+    batch_size: int = 64,  # rows a step, on each device
     learning_rate: float = 2e-3,  # for small models; 1e-4 in the paper, for 7B
     adapter: str = "sparselora",  # a key of `ADAPTERS`; "lora" gets its zeros back after the merge
     r=RANKS,  # rank, or a mapping from part, layer or expression to rank
     lora_alpha=16,  # likewise
-    seed: int = 0,
+    seed: int = 0,  # of the adapters and the order of the rows
     held_out=None,  # rows to judge by, before and after
     patience: int | None = None,  # stop after so many tenths of the steps without a better loss
     **arguments,  # passed to `RessaArguments`: distill_weight, temperature, bf16, disable_tqdm, …

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'NAMES', 'ROW_COLORS', 'HEAD', 'STYLE', 'plain_row', 'measure', 'part_sparsity', 'peak_memory_mb',
-           'won_back_shares', 'summary_rows', 'verdict', 'draw_accuracy', 'draw_training', 'image_tag', 'html_table',
-           'html_report', 'check_honest_share', 'check_losses', 'check_lie_factor']
+           'won_back_shares', 'summary_rows', 'verdict', 'draw_accuracy', 'draw_training', 'Html', 'image_tag',
+           'html_table', 'html_report', 'check_honest_share', 'check_losses', 'check_lie_factor']
 
 # %% ../nbs/40_report.ipynb #0464dcbc
 import base64
@@ -154,10 +154,13 @@ def draw_training(
         ax.legend()
 
 # %% ../nbs/40_report.ipynb #3344dbe6
+class Html(str):
+    "Text that is markup already: a table does not escape it again."
+
 def image_tag(
     draw,  # a function of a matplotlib figure, or a PIL image
     alt: str = "",  # what a reader who cannot see it should know
-) -> str:  # <img …>
+) -> Html:  # <img …>
     "A picture as HTML, the data inside."
     buffer = io.BytesIO()
     if hasattr(draw, "save"): draw.resize((96, 96)).save(buffer, format="png")
@@ -166,15 +169,15 @@ def image_tag(
         draw(figure := Figure(figsize=(8, 3), layout="constrained"))
         figure.savefig(buffer, format="png", dpi=110)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    return Html(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
 
 # %% ../nbs/40_report.ipynb #607bc994
 def html_table(
-    head: list[str],
-    rows: list[list],  # cells; a cell that begins with <img is taken as HTML, all else is escaped
+    head: list[str],  # names of the columns
+    rows: list[list],  # cells; all that is not `Html` is escaped
 ) -> str:
     "A table as HTML."
-    def cell(text): return text if str(text).startswith("<img") else html.escape(str(text))
+    def cell(text): return text if isinstance(text, Html) else html.escape(str(text))
     lines = ["".join(f"<td>{cell(text)}</td>" for text in row) for row in rows]
     top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     return f"<table><tr>{top}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"

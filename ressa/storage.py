@@ -254,7 +254,7 @@ def _built(config, tensors, device, folder):
     "A model of this configuration with these weights, all of them. Raises `ValueError`."
     model, info = _class_of(config, folder).from_pretrained(
         None, config=config, state_dict=tensors, dtype=config.dtype or "auto",
-        device_map={"": device}, output_loading_info=True)
+        device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong: raise ValueError(f"{folder}: the weights are not those of config.json: {wrong}")
     for name, tensor in model.state_dict(keep_vars=True).items():

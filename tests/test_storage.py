@@ -418,3 +418,13 @@ def test_a_layer_that_cannot_be_converted_says_why():
 def test_a_cpu_is_refused():
     with pytest.raises(ValueError, match="the model is on cpu"): accelerate_24(nn.Linear(8, 8))
     assert packed_bytes("dense", 10, 3, 2) == 20
+
+
+def test_a_configuration_of_other_sizes_is_named(tmp_path, bundled):
+    "A digit of config.json that changed: fuzzing met it."
+    save_sparse(bundled[0], tmp_path / "packed")
+    path = tmp_path / "packed" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json"): load_sparse(tmp_path / "packed")

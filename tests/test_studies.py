@@ -125,3 +125,16 @@ def test_a_paired_interval_covers_the_true_difference_and_is_narrower():
 def _phi(x):
     from math import erf, sqrt
     return (1 + erf(x / sqrt(2))) / 2
+
+
+def test_nothing_but_a_model_is_replaced(tmp_path, bundled):
+    from ressa.studies import save_whole, write_json
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "precious.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("notes", "file"):
+        with pytest.raises(ValueError, match="is no model"): save_whole(*bundled, tmp_path / name)
+    with pytest.raises(ValueError, match="is no file"): write_json(tmp_path / "notes", {})
+    assert (tmp_path / "notes" / "precious.txt").read_text() == (tmp_path / "file").read_text() == "precious"
+    for _ in range(2): save_whole(*bundled, tmp_path / "model")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["file", "model", "notes"]

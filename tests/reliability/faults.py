@@ -176,9 +176,10 @@ def half_written(out, weights, reference):
         weights == "." and out.exists() and bits(out) != reference
 
 
-def disturbed(counts, rounds, folder):
-    "Kill each command at random moments, and let its disk run full; then give it again."
+def disturbed(counts, rounds, folder, only):
+    "Kill a command at random moments, and let its disk run full a fifth as often; then give it again."
     for name, (run, weights) in commands().items():
+        if name != only: continue
         out, start = folder / "out", time.perf_counter()
         if code := ended(forked(lambda: run(out))): raise SystemExit(f"{name}: exit {code} without any fault")
         seconds, reference = time.perf_counter() - start, bits(out / weights)
@@ -191,13 +192,18 @@ def disturbed(counts, rounds, folder):
             ended(child)
             counts.note(f"kill, nothing half-written: {name}", not half_written(out, weights, reference), "half a folder")
             resumed(counts, f"kill, then again: {name}", run, out, weights, reference)
-        for _ in range(rounds):
+        for _ in range(-(-rounds // 5)):
             code = ended(forked(lambda: run(out), limit=random.randrange(largest)))
             clear = code in (1, 2) if name.startswith("ressa") else code != 0
             clear = clear and not half_written(out, weights, reference)
             counts.note(f"full disk, said and nothing half-written: {name}", clear, f"exit {code}")
             resumed(counts, f"full disk, then again: {name}", run, out, weights, reference)
         print(f"{name}: {seconds:.1f} s undisturbed", file=sys.stderr, flush=True)
+
+
+def disturbed_prune(counts, rounds, folder): disturbed(counts, rounds, folder, "ressa prune")
+def disturbed_repair(counts, rounds, folder): disturbed(counts, rounds, folder, "ressa repair")
+def disturbed_save(counts, rounds, folder): disturbed(counts, rounds, folder, "save_sparse")
 
 
 def read_only(counts, rounds, folder):
@@ -269,7 +275,8 @@ def memory(counts, rounds, folder, steps=200):
     return {f"memory_mb_at_step_{step}": value for step, value in seen.items()}
 
 
-PARTS = (wrong_calls, odd_arguments, wrong_commands, damaged, read_only, disturbed, same_again, memory)
+PARTS = (wrong_calls, odd_arguments, wrong_commands, damaged, read_only, disturbed_save, disturbed_prune,
+         disturbed_repair, same_again, memory)
 
 
 def run():

@@ -166,15 +166,16 @@ def save_whole(
     processor,  # its processor
     folder: str | Path,  # a new one, an empty one, or a model, which is replaced
 ) -> None:
-    "Save both beside `folder`, then rename: what has that name is a whole model, old or new."
+    "Save both beside `folder`, then rename: what has that name is whole. Raises `ValueError`."
     folder = Path(folder)
     if folder.exists() and not _may_go(folder):
         raise ValueError(f"{folder}: is there, and is no model. Choose a new folder, or remove it.")
     side, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    if old.exists() and not folder.exists(): os.replace(old, folder)  # killed between the renames
     for rest in (side, old): shutil.rmtree(rest, ignore_errors=True)
     model.save_pretrained(side, safe_serialization=True)
     processor.save_pretrained(side)
-    if folder.exists(): os.replace(folder, old)  # a kill here leaves the old model under `old`
+    if folder.exists(): os.replace(folder, old)  # after a kill here the next call brings it back
     os.replace(side, folder)
     shutil.rmtree(old, ignore_errors=True)
 

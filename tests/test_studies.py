@@ -138,3 +138,15 @@ def test_nothing_but_a_model_is_replaced(tmp_path, bundled):
     assert (tmp_path / "notes" / "precious.txt").read_text() == (tmp_path / "file").read_text() == "precious"
     for _ in range(2): save_whole(*bundled, tmp_path / "model")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["file", "model", "notes"]
+
+
+def test_a_kill_between_the_renames_loses_no_model(tmp_path, bundled, monkeypatch):
+    "The old model is back before the new one is written, which may fail."
+    from ressa.bundled import load_bundled
+    from ressa.studies import save_whole
+    model, processor = bundled
+    save_whole(model, processor, tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / ".model.old")  # as a kill leaves it
+    monkeypatch.setattr(model, "save_pretrained", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError): save_whole(model, processor, tmp_path / "model")
+    assert type(load_bundled("cpu")[0]).from_pretrained(tmp_path / "model")

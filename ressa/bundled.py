@@ -89,7 +89,7 @@ def draw_shapes(
     generator: torch.Generator,  # where the randomness comes from
     size: int = 64,  # pixels along one side
 ):  # → images (n, 3, size, size) in [-1, 1], shapes (n,), colors (n,)
-    "Freshly drawn pictures of the kind of easy-VQA's, with the index of each shape and color."
+    "Freshly drawn pictures of easy-VQA's kind, shape and color by index. Raises `ValueError`."
     if n < 0 or size < 0: raise ValueError(f"n={n}, size={size}: neither may be below 0")
     shape = torch.randint(len(SHAPES), (n,), generator=generator)
     color = torch.randint(len(COLORS), (n,), generator=generator)
@@ -136,7 +136,7 @@ def mirror(
     batch: dict,  # with `pixel_values` (rows, channels, height, width)
     share: float = 0.5,  # how many rows are flipped, on average
 ) -> dict:
-    "The batch with a random share of its images flipped from left to right."
+    "The batch with a random share of its images mirrored. Raises `ValueError`."
     if not 0 <= share <= 1: raise ValueError(f"share={share} must be from 0 to 1")
     pixels = batch["pixel_values"]
     flip = torch.rand(len(pixels), 1, 1, 1) < share

@@ -309,7 +309,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                                 'ressa.modality._unread': ('modality.html#_unread', 'ressa/modality.py'),
                                 'ressa.modality.check_attention_setting': ('modality.html#check_attention_setting', 'ressa/modality.py'),
                                 'ressa.modality.check_share': ('modality.html#check_share', 'ressa/modality.py'),
-                                'ressa.modality.check_unread_blocks': ('modality.html#check_unread_blocks', 'ressa/modality.py'),
+                                'ressa.modality.check_sparsity_needed': ('modality.html#check_sparsity_needed', 'ressa/modality.py'),
                                 'ressa.modality.modality_map': ('modality.html#modality_map', 'ressa/modality.py'),
                                 'ressa.modality.part_roots': ('modality.html#part_roots', 'ressa/modality.py'),
                                 'ressa.modality.per_layer': ('modality.html#per_layer', 'ressa/modality.py')},

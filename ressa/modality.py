@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'BEGINS', 'CLASSES', 'part_roots', 'ModalityMap', 'modality_map', 'per_layer', 'check_share',
-           'check_attention_setting', 'check_unread_blocks']
+           'check_attention_setting', 'check_sparsity_needed']
 
 # %% ../nbs/00_modality.ipynb #fd56592b
 import difflib
@@ -218,17 +218,26 @@ def check_attention_setting(
             assert got.get(name) == want, (
                 f"{part} at {value}: {name} got {got.get(name)}, want {want}")
 
-# %% ../nbs/00_modality.ipynb #d204ad7c
-def check_unread_blocks(
-    unread_blocks,  # your function of a number of blocks and a list of states, some negative
+# %% ../nbs/00_modality.ipynb #1db8d73c
+def check_sparsity_needed(
+    sparsity_needed,  # your function of (mmap, parts, share, parameters)
 ) -> None:
-    "Check exercise 3 on ViTs of random depth; says for which states the list is wrong."
-    for _ in range(20):
-        blocks = int(torch.randint(3, 9, ()))
-        chosen = torch.randint(-blocks, blocks + 1, (int(torch.randint(1, 3, ())),)).tolist()
-        last = max(k % (blocks + 1) for k in chosen)
-        got, want = list(unread_blocks(blocks, chosen)), list(range(last, blocks))
-        assert got == want, f"{blocks} blocks, states {chosen}: got {got}, want {want}"
-    for chosen, want in (([-1], []), ([-2], [4]), ([-2, 1], [4])):
-        got = list(unread_blocks(5, chosen))
-        assert got == want, f"5 blocks, states {chosen}: got {got}, want {want}"
+    "Check exercise 3 on a map with layers of random size; says what is probably wrong."
+    sizes = {part: [(int(a), int(b)) for a, b in torch.randint(2, 9, (3, 2))] for part in PARTS}
+    mmap = ModalityMap({p: {f"{p}.{i}": nn.Linear(*size) for i, size in enumerate(all_of)}
+                        for p, all_of in sizes.items()}, {}, {})
+    count = {part: sum(a * b for a, b in all_of) for part, all_of in sizes.items()}
+    prunable, parameters = sum(count.values()), sum(count.values()) + int(torch.randint(9, 99, ()))
+    for parts in (["vision"], ["vision", "language"]):
+        held, want = sum(count[part] for part in parts), 0.1 + 0.8 * torch.rand(()).item()
+        share = want * held / parameters
+        got = sparsity_needed(mmap, parts, share, parameters)
+        hints = {share * prunable / held: "a share of all parameters, not of the prunable ones",
+                 share: "these parts give for those that stay dense too",
+                 share * parameters / count[parts[0]]: "all of the parts give, not the first alone"}
+        hint = next((h for wrong, h in hints.items() if abs(got - wrong) < 1e-6), "wrong")
+        given = f"{parts} of {sizes}, {share=:.3f}, {parameters=}: got {got:.4f}, want {want:.4f}"
+        assert abs(got - want) < 1e-6, f"{hint}: {given}"
+    try: got = sparsity_needed(mmap, ["vision"], 0.99, parameters)
+    except ValueError: return
+    raise AssertionError(f"vision cannot give 0.99 of all parameters of {sizes}: got {got:.2f}")

@@ -77,7 +77,7 @@ def story(row, python, wheel):
             if rows[-1]["exit"]: break
             rows.append(dict(command=step.replace("{bin}", "")) | told(step.replace("{bin}", "env/bin/"), folder, **constraints))
             print(f"{row['name']}: {rows[-1]['exit']}  {rows[-1]['command'][:90]}", file=sys.stderr, flush=True)
-        shown = subprocess.run(f"env/bin/python -c '{VERSIONS}'", shell=True, cwd=folder, capture_output=True, text=True)
+        shown = subprocess.run(["env/bin/python", "-c", VERSIONS], cwd=folder, capture_output=True, text=True)
         return row | {"versions": json.loads(shown.stdout or "{}"), "story": rows, "import": import_seconds(folder)}
 
 

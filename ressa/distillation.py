@@ -268,7 +268,7 @@ class SelfTeacher:
 def _about(data, teacher, k, temperature):
     "Of which rows, settings and teacher a file is, in a line; a few images and weights must do."
     rows, weights = hashlib.sha1(), hashlib.sha1()
-    for name in ("prompt", "answer"): rows.update("\n".join(data[name]).encode())
+    for name in ("prompt", "answer"): rows.update("\n".join(data[name][:]).encode())
     for i in range(0, len(data), max(1, len(data) // 16)):
         rows.update(np.ascontiguousarray(data[i]["image"]).tobytes())
     line = f"{len(data)} rows {rows.hexdigest()[:12]} k={k} T={float(temperature):g}"

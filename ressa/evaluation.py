@@ -38,7 +38,7 @@ def answer(
     "Let the model answer each row greedily. Raises `ValueError` for an empty data set."
     if not len(data): raise ValueError("the data set is empty: nothing to answer")
     if batch_size < 1: raise ValueError(f"batch_size must be 1 row or more, not {batch_size}")
-    prompts, answers = data["prompt"], [""] * len(data)
+    prompts, answers = data["prompt"][:], [""] * len(data)
     order = sorted(range(len(data)), key=lambda i: len(prompts[i]))
     for start in tqdm(range(0, len(data), batch_size), desc="answer", disable=not progress):
         rows = order[start:start + batch_size]
@@ -161,9 +161,9 @@ def evaluate(
     **options,  # passed to `answer`: batch_size, max_new_tokens, progress
 ) -> Evaluation:
     "Answer a data set and compare. Raises `ValueError` if it is empty."
-    references = [reference.strip().lower() for reference in data["answer"]]
+    references = [reference.strip().lower() for reference in data["answer"][:]]
     answers = answer(model, data, processor, **options)
-    return Evaluation(answers, references, list(data["question_type"]))
+    return Evaluation(answers, references, data["question_type"][:])
 
 # %% ../nbs/03_evaluation.ipynb #35eba78e
 @torch.no_grad()
@@ -187,13 +187,14 @@ def blind(
     test,  # rows to answer
 ) -> Evaluation:
     "The commonest training answer to each prompt; to unknown prompts, the commonest of all."
-    if not len(train["answer"]): raise ValueError("train is empty: nothing to learn from")
+    prompts, replies = train["prompt"][:], train["answer"][:]
+    if not replies: raise ValueError("train is empty: nothing to learn from")
     seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for prompt, reply in zip(train["prompt"], train["answer"]): seen[prompt][reply] += 1
-    commonest = Counter(train["answer"]).most_common(1)[0][0]
-    best = {prompt: replies.most_common(1)[0][0] for prompt, replies in seen.items()}
-    replies_to = [best[prompt] if prompt in best else commonest for prompt in test["prompt"]]
-    return Evaluation(replies_to, list(test["answer"]), list(test["question_type"]))
+    for prompt, reply in zip(prompts, replies): seen[prompt][reply] += 1
+    commonest = Counter(replies).most_common(1)[0][0]
+    best = {prompt: counts.most_common(1)[0][0] for prompt, counts in seen.items()}
+    given = [best.get(prompt, commonest) for prompt in test["prompt"][:]]
+    return Evaluation(given, test["answer"][:], test["question_type"][:])
 
 # %% ../nbs/03_evaluation.ipynb #eb988e36
 def won_back(

@@ -103,7 +103,7 @@ def _is_caption(found, data):
 # %% ../nbs/07_hub_data.ipynb #6b6b012b
 def _references(data, column):
     "The texts of a column; an empty one is an error that says what to do."
-    texts = [as_texts(value) for value in data[column]]
+    texts = [as_texts(value) for value in data[column][:]]
     empty = sum(not t for t in texts)
     if empty: raise ValueError(f"{empty} of {len(texts)} rows have nothing in {column!r}, as in "
                                "the test split of a challenge: take another split")
@@ -118,7 +118,7 @@ def _images(data, column, folder):
     images = Dataset(table, info=DatasetInfo(features=images.features))
     if column != "image": images = images.rename_column(column, "image")
     if getattr(images.features["image"], "dtype", None) in ("string", "large_string"):
-        paths = [Path(folder) / path for path in images["image"]]
+        paths = [Path(folder) / path for path in images["image"][:]]
         missing = [path.name for path in paths if not path.is_file()]
         if missing: raise ValueError(f"{len(missing)} of {len(paths)} image files are missing, "
                                      f"such as {missing[0]}: paths are relative to the data file")
@@ -133,9 +133,9 @@ def _texts(data, found, caption, write):
     "All columns of the rows but the image."
     n = len(data)
     texts = _references(data, found.get("captions" if caption else "answers") or found["answers"])
-    questions = [""] * n if caption else data[found["question"]]
-    kinds = data[found["kind"]] if "kind" in found else ["question"] * n
-    ids = data[found["image_id"]] if "image_id" in found else range(n)
+    questions = [""] * n if caption else data[found["question"]][:]
+    kinds = data[found["kind"]][:] if "kind" in found else ["question"] * n
+    ids = data[found["image_id"]][:] if "image_id" in found else range(n)
     return dict(prompt=[write(question) for question in questions],
                 answer=[t[0] if caption else Counter(t).most_common(1)[0][0] for t in texts],
                 answers=texts, question_type=["caption" if caption else str(k) for k in kinds],
@@ -226,8 +226,8 @@ def _join_images(data, name, config, split):
     apart = config and config.endswith("_instructions") and "imageId" in data.column_names
     if not apart or "image" in data.column_names: return data
     images, _ = _read(name, config.replace("_instructions", "_images"), split, None)
-    place = {key: i for i, key in enumerate(images["id"])}
-    images = images.select_columns(["image"]).select([place[key] for key in data["imageId"]])
+    place = {key: i for i, key in enumerate(images["id"][:])}
+    images = images.select_columns(["image"]).select([place[key] for key in data["imageId"][:]])
     return concatenate_datasets([data, images], axis=1)
 
 # %% ../nbs/07_hub_data.ipynb #7b5574b1

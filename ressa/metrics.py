@@ -109,15 +109,15 @@ METRICS = {"VQA accuracy": _vqa, "exact match": _exact, "CIDEr/10": _cider}
 # %% ../nbs/08_metrics.ipynb #b801599d
 def references_of(data) -> list[list[str]]:
     "All that counts as right: the column `answers`, or else the one `answer` of each row."
-    if "answers" in data.column_names: return list(data["answers"])
-    return [[text] for text in data["answer"]]
+    if "answers" in data.column_names: return data["answers"][:]
+    return [[text] for text in data["answer"][:]]
 
 # %% ../nbs/08_metrics.ipynb #4dcf2a21
 def metric_of(
     data,  # rows of the house
 ) -> str:  # a key of `METRICS`
     "The metric that such rows are judged by."
-    if set(data["question_type"]) == {"caption"}: return "CIDEr/10"
+    if set(data["question_type"][:]) == {"caption"}: return "CIDEr/10"
     several = max(map(len, references_of(data.select(range(min(100, len(data)))))))
     return "VQA accuracy" if several > 1 else "exact match"
 
@@ -163,7 +163,7 @@ def score(
         raise ValueError(f"metric must be one of {list(METRICS)}, not {metric!r}")
     if len(answers) != len(data): raise ValueError(f"{len(answers)} answers to {len(data)} rows")
     values = METRICS[metric](answers, references_of(data))
-    return Scores(answers, values, list(data["question_type"]), metric)
+    return Scores(answers, values, data["question_type"][:], metric)
 
 # %% ../nbs/08_metrics.ipynb #c8f135d9
 def recall_at(
@@ -219,9 +219,9 @@ def retrieval(
     ks=(1, 5, 10),  # how many of the nearest are looked at
 ) -> dict[str, dict[int, float]]:  # as `recall_at`
     "R@k of a model with two towers; rows with the same `image_id` are one image."
-    first = {key: i for i, key in reversed(list(enumerate(data["image_id"])))}
+    first = {key: i for i, key in reversed(list(enumerate(data["image_id"][:])))}
     place, texts, image_of = {key: i for i, key in enumerate(first)}, [], []
-    for key, many in zip(data["image_id"], references_of(data)):
+    for key, many in zip(data["image_id"][:], references_of(data)):
         texts += many
         image_of += [place[key]] * len(many)
     images = [data[i]["image"] for i in first.values()]

@@ -193,7 +193,7 @@ def blind(
     for prompt, reply in zip(prompts, replies): seen[prompt][reply] += 1
     commonest = Counter(replies).most_common(1)[0][0]
     best = {prompt: counts.most_common(1)[0][0] for prompt, counts in seen.items()}
-    given = [best.get(prompt, commonest) for prompt in test["prompt"][:]]
+    given = [best[asked] if asked in best else commonest for asked in test["prompt"][:]]
     return Evaluation(given, test["answer"][:], test["question_type"][:])
 
 # %% ../nbs/03_evaluation.ipynb #eb988e36

@@ -101,7 +101,7 @@ def weights_of(model):
 @pytest.fixture
 def ready(bundled, data):
     model, processor = bundled
-    return model.eval(), calibration_batch(data[0], processor, n=16, seed=0)
+    return model.eval(), calibration_batch(data[0], processor, n=8, seed=0)
 
 
 @pytest.mark.parametrize("name", [name for name in ALLOCATIONS if name != "search"])

@@ -13,8 +13,16 @@ COMMAND = str(Path(sys.executable).parent / "ressa")
 QUICK = ["--limit", "40", "--steps", "4", "--batch-size", "8", "--calibration", "16"]
 
 
-def ressa(*args, **kwargs):
-    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, **kwargs)
+def ressa(*args):
+    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True)
+
+
+def within(capsys, *args):
+    "The same without a process of its own, which would import everything again: exit code, output, errors."
+    from ressa.cli import main
+    try: code = main([*map(str, args)])
+    except SystemExit as end: code = end.code
+    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +59,8 @@ def test_nothing_is_left_over(finished):
     assert not [p for p in (finished[0] / "model").iterdir() if p.suffix in (".bin", ".pt", ".pkl", ".part")]
 
 
-def test_called_again_it_shows_the_same(finished):
-    again = ressa("repair", "--out", finished[0], *QUICK)
-    assert again.returncode == 0 and again.stdout == finished[1]
+def test_called_again_it_shows_the_same(finished, capsys):
+    assert within(capsys, "repair", "--out", finished[0], *QUICK)[:2] == (0, finished[1])
 
 
 def test_the_model_answers_in_a_fresh_process(finished):
@@ -73,15 +80,14 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=5)[0], skip_speci
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-def test_evaluate_opens_it(finished):
-    done = ressa("evaluate", "--model", finished[0] / "model", "--limit", 20)
-    assert done.returncode == 0 and "yes/no color" in done.stdout and "CIDEr" in done.stdout, done.stderr
+def test_evaluate_opens_it(finished, capsys):
+    code, said, _ = within(capsys, "evaluate", "--model", finished[0] / "model", "--limit", 20)
+    assert code == 0 and "yes/no color" in said and "CIDEr" in said
 
 
-def test_prune_saves_a_sparse_model(tmp_path):
+def test_prune_saves_a_sparse_model(tmp_path, capsys):
     from ressa.cli import load_model, part_sparsity
-    done = ressa("prune", "--pattern", "2:4", "--calibration", 8, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    assert within(capsys, "prune", "--pattern", "2:4", "--calibration", 8, "--out", tmp_path / "out")[0] == 0
     sparsity = part_sparsity(load_model(str(tmp_path / "out" / "model"), "cpu")[0])
     assert sparsity == {"vision": 0.5, "interface": 0.0, "language": 0.5}
 
@@ -169,11 +175,11 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "results.json").exists()
 
 
-def test_help_teaches():
+def test_help_teaches(capsys):
     for command in ((), ("repair",), ("prune",), ("evaluate",)):
-        done = ressa(*command, "--help")
-        assert done.returncode == 0 and "examples:" in done.stdout
-    assert "in [0, 1)" in ressa("repair", "--help").stdout
+        code, said, _ = within(capsys, *command, "--help")
+        assert code == 0 and "examples:" in said
+    assert "in [0, 1)" in within(capsys, "repair", "--help")[1]
 
 
 @pytest.fixture(scope="module")
@@ -252,13 +258,13 @@ def test_bad_wishes_about_data(tmp_path, vqav2, capsys, wrong, said):
     assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_pack_and_unpack_give_the_same_weights(tmp_path):
+def test_pack_and_unpack_give_the_same_weights(tmp_path, capsys):
     from safetensors.torch import load_file
     ordinary = next((Path(__file__).parent.parent / "ressa" / "assets").rglob("model.safetensors"))
     packed, again = tmp_path / "packed", tmp_path / "again"
-    assert "MB became" in ressa("pack", "--model", ordinary.parent, "--out", packed).stdout
-    assert ressa("unpack", "--model", packed, "--out", again).returncode == 0
+    assert "MB became" in within(capsys, "pack", "--model", ordinary.parent, "--out", packed)[1]
+    assert within(capsys, "unpack", "--model", packed, "--out", again)[0] == 0
     old, new = load_file(ordinary), load_file(again / "model.safetensors")
     assert old.keys() == new.keys() and all(old[name].equal(new[name]) for name in old)
-    refused = ressa("pack", "--model", tmp_path / "nowhere", "--out", tmp_path / "x")
-    assert refused.returncode == 2 and "nowhere" in refused.stderr
+    code, _, error = within(capsys, "pack", "--model", tmp_path / "nowhere", "--out", tmp_path / "x")
+    assert code == 2 and "nowhere" in error

@@ -108,7 +108,7 @@ def move(box, slider):
     return before, picture.get_attribute("src"), picture.get_attribute("alt")
 
 
-@pytest.mark.parametrize("name, slider, words", [("00_explore", 0, "share = 0.625"), ("21_where", 1, "language = 0.55")])
+@pytest.mark.parametrize("name, slider, words", [("00_explore", 0, "share = 0.625"), ("19_budgets", 0, "spread = 1")])
 def test_a_slider_moves_the_picture(lab, browser, name, slider, words):
     page = opened(browser, lab, name)
     thrown = []

@@ -15,7 +15,7 @@ from datasets import Dataset, Image, concatenate_datasets
 from torch import nn
 from .allocation import allocation_named
 from .bundled import load_bundled, training_rows
-from .data import calibration_batch, collate
+from .data import calibration_batch, collate, load_easy_vqa
 from .distillation import CachedTeacher, cache_targets
 from .evaluation import answer, exact_match, won_back
 from .passes import one_look_per_image
@@ -102,7 +102,7 @@ def chosen_rows(
     leave: int = 0,  # keep the first so many questions away, to judge by
     source: Callable[[str], Dataset] = rows_of,  # kind → the rows to choose from
 ) -> Dataset:
-    "The training rows of one run of the study."
+    "The training rows of one run of the study. Raises `ValueError`."
     data, generator = source(kind), np.random.default_rng(seed)
     keep = np.arange(leave, len(data))
     if task: keep = keep[np.array(data["question_type"])[keep] == task]
@@ -132,7 +132,7 @@ def pruned_model(
 ) -> nn.Module:
     "The bundled model, pruned as wished. Raises `ValueError`."
     model, processor = load_bundled("auto")
-    batch = calibration_batch(bench().train, processor, seed=seed)
+    batch = calibration_batch(load_easy_vqa("train"), processor, seed=seed)
     pattern = target if isinstance(target, str) and ":" in target else None
     sparsity = None if pattern else _sparsity(target, model, batch, seed)
     prune(model, batch, method, sparsity, pattern, progress=False)
@@ -156,12 +156,13 @@ def _validation(n):
     pieces = [range(k, min(k + 500, n)) for k in range(0, n, 500)]
     return [collate([data[i] for i in piece], processor) for piece in pieces]
 
-def _tested(model, validate):
+def _tested(model, validate=0, questions=None):
     "Accuracies, and which answers were right."
     if validate:
         with one_look_per_image(model.vision_model):
             return {"accuracy": float(exact_match(model, _validation(validate)).mean())}
-    right = {task: bench().right(model, task == "captions") for task in ("accuracy", "captions")}
+    judge = bench(questions)
+    right = {task: judge.right(model, task == "captions") for task in ("accuracy", "captions")}
     found = {task: float(values.mean()) for task, values in right.items()}
     return found | {f"{task}_right": pack_right(values) for task, values in right.items()}
 
@@ -174,6 +175,7 @@ def repair_run(
     rank: int | None = None,  # of vision and language; None: `RANKS`
     rate: float | None = None,  # learning rate; None: the row's in `RATES`
     validate: int = 0,  # judge by so many training questions, kept away from training
+    questions: int | None = None,  # else by the first so many test questions; None: all
     **which,  # passed to `chosen_rows`: pairs, images, labels, task, source
 ) -> dict:  # accuracies, seconds, zeros filled, and which answers were right
     "Prune, repair and test once: one run of the study. Raises `ValueError`."
@@ -185,13 +187,14 @@ def repair_run(
         if row == "labels alone": which = dict(labelled_only=True) | which
         data = chosen_rows(kind, seed=seed, leave=validate, **which)
         everywhere = options.get("positions") == "all"  # cached targets are of answers only
-        teacher = load_bundled("auto")[0] if everywhere else CachedTeacher()
+        dense, processor = load_bundled("auto")
+        teacher = dense if everywhere else CachedTeacher()
         with tempfile.TemporaryDirectory() as folder:
-            model, _ = repair(model, teacher, data, bench().processor, folder, steps,
+            model, _ = repair(model, teacher, data, processor, folder, steps,
                               seed=seed, disable_tqdm=True, save_strategy="no", **options)
     found = dict(seconds=round(time.perf_counter() - begin, 1),
                  zeros_filled=zeros_filled(masks, model))
-    return found | _tested(model, validate)
+    return found | _tested(model, validate, questions)
 
 # %% ../nbs/33_ablations.ipynb #e2d1e67f
 def won_interval(

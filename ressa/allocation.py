@@ -27,7 +27,7 @@ def outlier_share(
     stats: list[Statistics],  # of their inputs
     factor: float = 5.0,  # M: an outlier is above so many times the mean
 ) -> float:
-    "The share of a block's Wanda scores that are outliers (Yin et al., arXiv 2310.05175)."
+    "The share of Wanda scores that are outliers (arXiv 2310.05175). Raises `ValueError`: factor."
     if not 0 <= factor < math.inf: raise ValueError(f"factor={factor} must be 0 or more")
     scores = torch.cat([(w.abs() * s.norm).flatten() for w, s in zip(weights, stats)])
     return (scores > factor * scores.mean()).float().mean().item()
@@ -76,12 +76,12 @@ def owl(
     by: str = "block",  # what shares a sparsity: "block" or "layer"
     **limits,  # max_sparsity, m and fixed of `exact`
 ) -> dict:  # layer name → target
-    "More weights to blocks with more outliers (OWL)."
+    "More weights to blocks with more outliers (OWL). Raises `ValueError` for a wrong number."
+    if not 0 <= spread < 1: raise ValueError(f"spread={spread} must be from 0 to below 1")
     stats = dense_statistics(model.eval(), to_device(batch, model.device))
     layers, groups = modality_map(model).layers, grouped(model, shapes_of(model), by)
     share = {g: outlier_share(_weights(layers, names), [stats[n] for n in names], factor)
              for g, names in groups.items()}
-    if not 0 <= spread < 1: raise ValueError(f"spread={spread} must be from 0 to below 1")
     low, width = min(share.values()), max(share.values()) - min(share.values()) or 1
     wishes: dict[str, float] = {}
     for group, names in groups.items():
@@ -113,7 +113,7 @@ def in_proportion(
     sparsity: float,  # of all weights together
     max_sparsity: float,  # what each group keeps at least is 1 − max_sparsity
 ) -> dict:  # group → sparsity
-    "Guarantee each group its least, and share the rest of the kept weights out by worth."
+    "Guarantee each its least, share the rest out by worth. Raises `ValueError` for a sparsity."
     if not 0 <= sparsity <= max_sparsity <= 1:
         raise ValueError(f"want 0 ≤ sparsity={sparsity} ≤ max_sparsity={max_sparsity} ≤ 1")
     def kept(c): return {g: min(1, 1 - max_sparsity + c * (worth[g] + 1e-12) / sizes[g])
@@ -135,7 +135,7 @@ def ecoflap(
     by: str = "block",  # what shares a sparsity: "block" or "layer"
     **limits,  # m and fixed of `exact`
 ) -> dict:  # layer name → target
-    "More weights to blocks whose slope is larger: forward passes only (ECoFLaP)."
+    "More weights to blocks of larger slope (ECoFLaP). Raises `ValueError` for a wrong number."
     if pieces < 1 or not 0 < step < math.inf:
         raise ValueError(f"pieces={pieces} and step={step} must be above 0")
     top = min(0.99, sparsity + 0.1) if max_sparsity is None else max_sparsity
@@ -279,7 +279,7 @@ def search(
     m: int | None = None,  # search among N:M patterns with this M
     fixed: dict | None = None,  # part, layer or expression → target that is set already
 ) -> dict:  # layer name → target
-    "The allocation of least calibration loss found, never worse there than an even one."
+    "The allocation of least calibration loss found. Raises `ValueError` for an impossible budget."
     fixed, shapes = per_layer(fixed or {}, modality_map(model)), shapes_of(model)
     limits = max_sparsity, m, fixed
     even = exact(dict.fromkeys(shapes, sparsity), shapes, sparsity, *limits)

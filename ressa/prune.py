@@ -52,7 +52,6 @@ def _mended(first):
         return dsnot(weight, stats, pattern=pattern, start=start)
     return Method(function, mean=True, gram=first.gram, stacked=first.stacked)
 
-# %% ../nbs/14_prune.ipynb #d4f2c90e
 def method_of(
     method: str | Callable,  # a name, a name + "+dsnot", or f(weight, stats, *, sparsity, pattern)
 ) -> Method:
@@ -74,7 +73,7 @@ def as_target(
     is_pattern = isinstance(value, str)
     return dict(sparsity=None if is_pattern else value, pattern=value if is_pattern else None)
 
-# %% ../nbs/14_prune.ipynb #aaa73bdd
+# %% ../nbs/14_prune.ipynb #0c890869
 def targets(
     mmap: ModalityMap,  # the layers
     sparsity=None,  # a target, or a mapping from part, layer or expression to targets
@@ -147,12 +146,12 @@ class PruneReport:
         lines += [f"left dense: {name}: {why}" for name, why in self.left_dense.items()]
         return "\n".join(lines)
 
-# %% ../nbs/14_prune.ipynb #8375d9c6
+# %% ../nbs/14_prune.ipynb #4f448085
 def _real_tokens(x, mask):
     "The inputs (…, in) without those at padding, where the attention mask fits their shape."
     return x[mask] if mask is not None and x.shape[:-1] == mask.shape else x
 
-# %% ../nbs/14_prune.ipynb #d80a53e7
+# %% ../nbs/14_prune.ipynb #841edf79
 def unusable(
     stats: Statistics,  # of a layer's inputs
 ) -> str | None:  # why nothing can be pruned on them, or None
@@ -245,21 +244,6 @@ def _in_flight(work, groups):
         work.prune(group_of[name], shared[x], start)
     return act
 
-# %% ../nbs/14_prune.ipynb #e9d7a072
-def _in_block(work, groups, recompute):
-    "What to do when all rows have reached a block: prune its groups, in order."
-    def visit(block, forward, pieces):
-        inside = [group for group in groups if group[0].startswith(f"{block}.")]
-        for together in [[group] for group in inside] if recompute == "group" else [inside]:
-            start, stats = time.perf_counter(), {}
-            wanted = {group[0]: work.layers[group[0]] for group in together}
-            for first, last, args, kwargs in pieces:
-                for name, x in inputs_of(wanted, forward, args, kwargs).items():
-                    stats[name] = work.measure(name, x, slice(first, last), stats.get(name))
-            for group in together:
-                if group[0] in stats: work.prune(group, stats[group[0]], start)
-    return visit
-
 # %% ../nbs/14_prune.ipynb #f5690e07
 def _on_dense_inputs(work, model, batch, groups):
     "Gather all statistics on the dense model, then prune."
@@ -283,6 +267,7 @@ def _groups(model, batch, layers):
         for name in group: groups.setdefault((number, block_of[name]), []).append(name)
     return list(groups.values())
 
+# %% ../nbs/14_prune.ipynb #8c7ccd70
 @contextmanager
 def _calm(model):
     "While the block runs, the model is in evaluation mode and without a key-value cache."
@@ -295,6 +280,21 @@ def _calm(model):
     finally:
         model.train(training)
         if cache is not None: text.use_cache = cache
+
+# %% ../nbs/14_prune.ipynb #7805a3b5
+def _check(micro_batch, recompute, dense_statistics, layers):
+    "Raise `ValueError` for a way that is not there, or a weight that has no place."
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch must be 1 or more rows, not {micro_batch}")
+    if recompute not in ("group", "block"):
+        raise ValueError(f"recompute must be 'group' or 'block', not {recompute!r}")
+    if micro_batch and dense_statistics:
+        raise ValueError("dense_statistics takes the whole batch at once: leave micro_batch out")
+    for name, layer in layers.items():
+        lost = layer.weight.is_meta and not getattr(vars(layer).get("_hf_hook"), "weights_map", 0)
+        if lost or (file := _on_disk(layer)) and file[0].save_folder is None:
+            raise ValueError(f"{name} holds a placeholder, and there is no place for a pruned "
+                             "weight: load the model with offload_folder=…")
 
 # %% ../nbs/14_prune.ipynb #a93f8dbc
 @torch.no_grad()
@@ -311,50 +311,22 @@ def prune_layers(
     progress: bool = True,
     **options,  # passed to the method
 ) -> PruneReport:
-    "Prune named layers in one pass over the batch. Raises `ValueError`."
-    _check_way(micro_batch, recompute, dense_statistics)
+    "Prune named layers in one pass. Raises `ValueError` for a way or weight that is not there."
     start, wanted = time.perf_counter(), {name: layers[name] for name in chosen}
-    _check_stored(wanted)
+    _check(micro_batch, recompute, dense_statistics, wanted)
     mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
     work = _Pruner(wanted, chosen, part_of, method, options, mask, progress)
     plain = not (work.method.stacked or micro_batch or dense_statistics)
     with work.bar, _calm(model):
         groups = [[name] for name in wanted] if plain else _groups(model, batch, wanted)
         if dense_statistics: _on_dense_inputs(work, model, batch, groups)
-        else: _flow(work, model, batch, groups, micro_batch, recompute)
+        elif micro_batch: _in_pieces(work, model, batch, groups, micro_batch, recompute)
+        else:
+            with before_first_call(wanted, _in_flight(work, groups)): model(**batch)
     missed = [name for name in chosen if name not in work.done]
     work.report.left_dense |= dict.fromkeys(missed, "no calibration token reached it")
     work.report.seconds = time.perf_counter() - start
     return work.report
-
-# %% ../nbs/14_prune.ipynb #f789a6af
-def _flow(work, model, batch, groups, micro_batch, recompute):
-    "Let the batch flow through the model once, pruning on the way."
-    blocks = blocks_of(model, work.layers) if micro_batch else {}
-    cut = [block for block in blocks if block not in work.layers]
-    inside = {name for block in cut for name in blocks[block]}
-    outside = {name: layer for name, layer in work.layers.items() if name not in inside}
-    visit = _in_block(work, groups, recompute)
-    with before_first_call(outside, _in_flight(work, groups)):
-        with in_pieces(model, cut, number_of_rows(batch), micro_batch, visit): model(**batch)
-
-# %% ../nbs/14_prune.ipynb #7805a3b5
-def _check_way(micro_batch, recompute, dense_statistics):
-    "Raise `ValueError` for a way that is not there."
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch must be 1 or more rows, not {micro_batch}")
-    if recompute not in ("group", "block"):
-        raise ValueError(f"recompute must be 'group' or 'block', not {recompute!r}")
-    if micro_batch and dense_statistics:
-        raise ValueError("dense_statistics takes the whole batch at once: leave micro_batch out")
-
-def _check_stored(layers):
-    "Raise `ValueError` for a placeholder that has no place for a new weight."
-    for name, layer in layers.items():
-        lost = layer.weight.is_meta and not getattr(vars(layer).get("_hf_hook"), "weights_map", 0)
-        if lost or (file := _on_disk(layer)) and file[0].save_folder is None:
-            raise ValueError(f"{name} holds a placeholder, and there is no place for a pruned "
-                             "weight: load the model with offload_folder=…")
 
 # %% ../nbs/14_prune.ipynb #bd1e5116
 def prune(
@@ -390,6 +362,31 @@ def plot_report(
     ax.margins(y=0.3)
     ax.legend(ncols=3, loc="upper left")
     return ax
+
+# %% ../nbs/14_prune.ipynb #e9d7a072
+def _in_block(work, groups, recompute):
+    "What to do when all rows have reached a block: prune its groups, in order."
+    def visit(block, forward, pieces):
+        inside = [group for group in groups if group[0].startswith(f"{block}.")]
+        for together in [[group] for group in inside] if recompute == "group" else [inside]:
+            start, stats = time.perf_counter(), {}
+            wanted = {group[0]: work.layers[group[0]] for group in together}
+            for first, last, args, kwargs in pieces:
+                for name, x in inputs_of(wanted, forward, args, kwargs).items():
+                    stats[name] = work.measure(name, x, slice(first, last), stats.get(name))
+            for group in together:
+                if group[0] in stats: work.prune(group, stats[group[0]], start)
+    return visit
+
+def _in_pieces(work, model, batch, groups, micro_batch, recompute):
+    "Let the batch flow through the model once, each block taking its rows in pieces."
+    blocks = blocks_of(model, work.layers)
+    cut = [block for block in blocks if block not in work.layers]
+    inside = {name for block in cut for name in blocks[block]}
+    outside = {name: layer for name, layer in work.layers.items() if name not in inside}
+    visit = _in_block(work, groups, recompute)
+    with before_first_call(outside, _in_flight(work, groups)):
+        with in_pieces(model, cut, number_of_rows(batch), micro_batch, visit): model(**batch)
 
 # %% ../nbs/14_prune.ipynb #83499c6d
 def check_prune_chain(

@@ -155,6 +155,22 @@ def test_inputs_may_come_in_pieces(name, shape, target, dtype, seed, cuts):
     assert torch.allclose(parts.float(), whole.float(), rtol=2e-2 if dtype != torch.float32 else 1e-3, atol=1e-4)
 
 
+def test_statistics_are_what_they_are_named():
+    "Norm, variance and Hessian by their definitions; what is not gathered stays so, and no token gives no number."
+    x = torch.randn(3, 5, 4) + torch.tensor([0.0, 1.0, 10.0, -3.0])
+    rows = x.flatten(0, 1).double()
+    for stats in (Statistics.of(x), Statistics.of(x[:1]).update(x[1:])):
+        assert stats.n == 15
+        torch.testing.assert_close(stats.norm.double(), rows.norm(dim=0), rtol=1e-4, atol=0)
+        torch.testing.assert_close(stats.mean.double(), rows.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stats.var.double(), rows.var(0, correction=0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stats.hessian.double(), 2 / 15 * rows.T @ rows, rtol=1e-4, atol=1e-4)
+    norms = Statistics.of(x, mean=False, gram=False).update(x)
+    assert norms.mean is norms.spread is norms.gram is None and norms.n == 30
+    nothing = Statistics.of(x[:0])
+    assert nothing.n == 0 and not nothing.var.any() and not nothing.hessian.any() and nothing.norm.shape == (4,)
+
+
 # Slow references in float64
 
 

@@ -123,7 +123,7 @@ def _in_manner(data, processor):
     "easy-VQA's rows with prompts in the manner of a model."
     def asked(prompt): return prompt.removeprefix("Question: ").removesuffix(" Short answer:")
     prompts = [prompt_writer(processor)("" if kind == "caption" else asked(prompt))
-               for prompt, kind in zip(data["prompt"], data["question_type"])]
+               for prompt, kind in zip(data["prompt"][:], data["question_type"][:])]
     return data.remove_columns("prompt").add_column("prompt", prompts)
 
 # %% ../nbs/41_cli.ipynb #20d8d539
@@ -140,6 +140,11 @@ def _training(args, processor):
     if args.data == "easy-vqa": return _in_manner(training_rows(), processor)
     return load_data(args.data, args.train_split, args.config, args.train_limit, processor)
 
+def _pruned(args, device, calibration):
+    "A freshly pruned model and the report of its pruning."
+    model, _ = load_model(args.model, device, args.dtype)
+    return model, prune(model, calibration, args.method, progress=False, **_target(args))
+
 # %% ../nbs/41_cli.ipynb #f6478988
 def _calibration(args, model, rows, processor):
     "Rows drawn at random, as one batch in the manner of the model."
@@ -148,13 +153,7 @@ def _calibration(args, model, rows, processor):
     chosen = torch.randperm(len(rows), generator=draw)[:n].tolist()
     return model_batch(model, [rows[i] for i in chosen], processor)
 
-# %% ../nbs/41_cli.ipynb #e2b61f4d
-def _pruned(args, device, calibration):
-    "A freshly pruned model and the report of its pruning."
-    model, _ = load_model(args.model, device, args.dtype)
-    return model, prune(model, calibration, args.method, progress=False, **_target(args))
-
-# %% ../nbs/41_cli.ipynb #48ae8de6
+# %% ../nbs/41_cli.ipynb #70375e64
 def settings_of(
     args: argparse.Namespace,  # a read command line
 ) -> dict:
@@ -172,6 +171,9 @@ class _Job(NamedTuple):
     tests: list
     rows: Dataset  # to learn from
 
+    def test(self, model):
+        return measure(model, self.tests, self.processor, batch_size=self.args.test_batch)
+
 def _job(args):
     "All that is loaded once."
     _check(args)
@@ -180,10 +182,6 @@ def _job(args):
                                            "answers: ressa prune and evaluate take it")
     tests, rows = _tests(args, processor), _training(args, processor)
     return _Job(args, device, dense, processor, tests, rows)
-
-# %% ../nbs/41_cli.ipynb #9d1ce58c
-def _test(job, model):
-    return measure(model, job.tests, job.processor, batch_size=job.args.test_batch)
 
 # %% ../nbs/41_cli.ipynb #7b7e7a84
 def _blind(job):
@@ -211,7 +209,7 @@ def _repaired(job, steps, row, model, masks):
     "Repair a pruned copy, save it if it is the masked one, and measure it."
     model, log = _trained(job, steps, row, model)
     if row == "repaired": save_whole(model, job.processor, Path(job.args.out) / "model")
-    steps.run(row, lambda: _test(job, model) | dict(
+    steps.run(row, lambda: job.test(model) | dict(
         log=log, zeros_filled=zeros_filled(masks, model), sparsity=part_sparsity(model)))
 
 # %% ../nbs/41_cli.ipynb #0c8e8820
@@ -228,8 +226,8 @@ def walk(
     steps, masks = Steps(out / "steps.json"), zero_masks(pruned)
     steps.run("prune", report.to_dict)
     steps.done["seconds"]["prune"] = took
-    steps.run("dense", lambda: _test(job, job.dense))
-    steps.run("pruned", lambda: _test(job, pruned))
+    steps.run("dense", lambda: job.test(job.dense))
+    steps.run("pruned", lambda: job.test(pruned))
     steps.run("blind", lambda: _blind(job))
     for row in ("plain_lora", "repaired"):
         if row in steps.done: continue
@@ -261,7 +259,9 @@ def _finish(out, done, job):
     return results
 
 # %% ../nbs/41_cli.ipynb #2f331878
-def run_repair(args) -> None:
+def run_repair(
+    args: argparse.Namespace,  # the options of `ressa repair`
+) -> None:
     "Prune, repair, measure, and write a report and the model."
     results, out = walk(args), Path(args.out)
     head = [HEAD[0], results["dense"].get("metric", HEAD[1]), *HEAD[2:]]
@@ -274,11 +274,13 @@ def run_repair(args) -> None:
 # %% ../nbs/41_cli.ipynb #53bf8d8c
 def _print_recall(model, data, processor):
     "Retrieval, for a model with two towers such as CLIP, which answers nothing."
-    if set(data["question_type"]) != {"caption"}: return
+    if set(data["question_type"][:]) != {"caption"}: return
     for way, found in retrieval(model, data, processor).items():
         print(f"{way}: " + ", ".join(f"R@{k} {share:.3f}" for k, share in found.items()))
 
-def run_evaluate(args) -> None:
+def run_evaluate(
+    args: argparse.Namespace,  # the options of `ressa evaluate`
+) -> None:
     "Measure a model on easy-VQA or on another data set, by the metric that fits it."
     _check(args)
     model, processor = load_model(args.model, pick_device(args.device), args.dtype)
@@ -291,7 +293,9 @@ def run_evaluate(args) -> None:
             print(score(said, data))
 
 # %% ../nbs/41_cli.ipynb #bafdb49d
-def run_prune(args) -> None:
+def run_prune(
+    args: argparse.Namespace,  # the options of `ressa prune`
+) -> None:
     "Prune a model and save it, with a report of each layer."
     _check(args)
     out, device = Path(args.out), pick_device(args.device)
@@ -303,12 +307,16 @@ def run_prune(args) -> None:
         write_json(out / "results.json", report.to_dict(), indent=1)
     print(f"{report}\nModel: {out / 'model'}")
 
-def run_pack(args) -> None:
+def run_pack(
+    args: argparse.Namespace,  # `model`, a pruned checkpoint, and `out`, a new folder
+) -> None:
     "Store a pruned checkpoint without its zeros (notebook 40_storage)."
     sizes = pack(args.model, args.out)
     print(f"{sizes['dense'] / 1e6:.2f} MB became {sizes['packed'] / 1e6:.2f} MB: {args.out}")
 
-def run_unpack(args) -> None:
+def run_unpack(
+    args: argparse.Namespace,  # `model`, a packed checkpoint, and `out`, a new folder
+) -> None:
     "Make an ordinary checkpoint of a packed one."
     unpack(args.model, args.out)
     print(f"Checkpoint: {args.out}")

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("nbs/[0-9]*.ipynb"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 IN_FULL = ("index.html", "explore.html", "search.html")  # with their code, and in the dark too
+COLOURED = ("report.html", "syllabus.html", "sparselora.html")  # of the pages of one style some are enough for colours
 sys.path.append(str(ROOT / "nbs" / "site"))
 
 LOOK = """async () => {
@@ -90,13 +91,14 @@ def watched(tab):
     return tab
 
 
-def axe(tab, but=()):
-    "Serious and critical violations that axe-core finds, on the page or on all `but` some elements."
+def axe(tab, but=(), colours=True):
+    "Serious and critical violations that axe-core finds, on the page or on what is left without some elements."
     from axe_playwright_python.base import AXE_SCRIPT
     if not tab.evaluate("typeof axe === 'object'"): tab.evaluate(AXE_SCRIPT)
-    options = {"resultTypes": ["violations"], "preload": False}
-    found = tab.evaluate("([but, options]) => axe.run({exclude: but}, options)",
-                         [[[selector] for selector in but], options])["violations"]
+    for selector in but: tab.evaluate("s => document.querySelectorAll(s).forEach(e => e.remove())", selector)
+    rules = {name: {"enabled": colours} for name in ("color-contrast", "link-in-text-block")}
+    found = tab.evaluate("options => axe.run(options)",
+                         {"resultTypes": ["violations"], "preload": False, "rules": rules})["violations"]
     return [f"{v['id']}: {node['html'][:160]} ({node['failureSummary'][:160]})" for v in found
             if v["impact"] in ("serious", "critical") for node in v["nodes"]]
 
@@ -127,7 +129,7 @@ def look(browser, path, site):
             tab.emulate_media(color_scheme="dark")
             seen["dark"] = axe(tab)
         elif path.parent == site:
-            seen["light"] = axe(tab, but=[".highlight", "mjx-container", ".bd-sidebar"])
+            seen["light"] = axe(tab, [".highlight", "mjx-container", ".bd-sidebar"], path.name in COLOURED)
         return seen
 
 

@@ -105,9 +105,9 @@ def chosen_rows(
     "The training rows of one run of the study. Raises `ValueError`."
     data, generator = source(kind), np.random.default_rng(seed)
     keep = np.arange(leave, len(data))
-    if task: keep = keep[np.array(data["question_type"])[keep] == task]
+    if task: keep = keep[np.array(data["question_type"][:])[keep] == task]
     if images:
-        names = np.array(data["image_id"])[keep]
+        names = np.array(data["image_id"][:])[keep]
         keep = keep[np.isin(names, generator.permutation(np.unique(names))[:images])]
     if pairs is not None and pairs < 1: raise ValueError(f"pairs={pairs} must be 1 or more")
     if pairs: keep = generator.permutation(keep)[:pairs]

@@ -390,7 +390,7 @@ print(size, saving, unpacking, packing, loading - size)
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     size, *beside = map(float, out.stdout.split()[-5:])
     assert size > 180, out.stderr[-2000:]
-    assert max(beside) < 8, beside
+    assert max(beside) < 10, beside  # MiB: a tensor of 4, its packed form, and what an allocator keeps
 
 
 def test_swap_only_where_it_wins(monkeypatch):

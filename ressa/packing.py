@@ -25,9 +25,11 @@ def packed_bytes(
     kept: int,  # of them, those that are not zero
     size: int,  # bytes of one
 ) -> int:
-    "Bytes of a tensor stored in one of the three ways."
+    "Bytes of a tensor stored in one of the three ways. Raises `ValueError` for any other."
+    if how not in ("dense", "bitmask", "2:4"):
+        raise ValueError(f"how must be 'dense', 'bitmask' or '2:4', not {how!r}")
     if not (0 <= kept <= n and size >= 0):
-        raise ValueError(f"n={n}, kept={kept}, size={size}: want 0 ≤ kept ≤ n, and size above 0")
+        raise ValueError(f"n={n}, kept={kept}, size={size}: want 0 ≤ kept ≤ n and size ≥ 0")
     if how == "dense": return n * size
     index, values = {"bitmask": (-(-n // 8), kept), "2:4": (3 * -(-n // 32), n // 2)}[how]
     return -(-index // 8) * 8 + values * size
@@ -42,7 +44,6 @@ TENSOR_DTYPES = {  # as safetensors names them
 DTYPE_NAMES = {dtype: name for name, dtype in TENSOR_DTYPES.items()}
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# %% ../nbs/39_packing.ipynb #f20255e9
 def bits_of(
     tensor: torch.Tensor,  # any shape, any dtype of `TENSOR_DTYPES`, any device
 ) -> np.ndarray:  # (n,) whole numbers of the same width
@@ -83,7 +84,6 @@ def _gather(bits, mask, count):
         k += len(places)
     return values
 
-# %% ../nbs/39_packing.ipynb #cfc54451
 def _scatter(values, mask, n):
     "The values where the mask puts them, zeros elsewhere."
     bits, k = np.zeros(n, values.dtype), 0
@@ -135,7 +135,7 @@ def _padded(index):
 def pack_tensor(
     tensor: torch.Tensor,  # as for `bits_of`
 ) -> Packed:
-    "Store a tensor in the smallest of three ways, exact to the bit."
+    "Store a tensor in the smallest of three ways, to the bit. Raises `ValueError` as `bits_of`."
     bits = bits_of(tensor)
     n, mask = len(bits), _bitmask(bits)
     count, codes = int(_COUNT[mask].sum(dtype=np.int64)), _codes(mask, len(bits))
@@ -186,9 +186,10 @@ def measured_gain(
     tokens: int,  # rows of the input
     rounds: int = 20,  # runs of each form, in turn
 ) -> float:  # above 1: the converted weight is so many times faster
-    "How many times faster a linear layer is with a converted weight: ratio of median times."
+    "How many times faster a layer is with a converted weight, by median. Raises `ValueError`."
     if weight.ndim != 2 or tokens < 1:
-        raise ValueError(f"weight {tuple(weight.shape)}, tokens={tokens}: want two axes, 1 row")
+        raise ValueError(f"weight {tuple(weight.shape)}, tokens={tokens}: "
+                         "want two axes, and 1 token or more")
     x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
     forms = weight, convert(weight)
     times: tuple[list[float], list[float]] = [], []
@@ -221,11 +222,11 @@ def accelerate_24(
     rounds: int = 20,  # runs per measurement
 ) -> dict:  # name of each 2:4 layer → tokens → gain; or the error, if it cannot be converted
     "Give 2:4 layers torch's semi-structured weights where that is faster. Raises `ValueError`."
+    if not tokens: raise ValueError("tokens must name one number of tokens or more")
     where = next(model.parameters()).device
     if where.type != "cuda" or torch.cuda.get_device_capability(where) < (8, 0):
         raise ValueError("2:4 is in the hardware of CUDA GPUs of compute capability 8.0 or more; "
                          f"the model is on {where}")
-    if not tokens: raise ValueError("tokens must name one number of tokens or more")
     return _swap(model, torch.sparse.to_sparse_semi_structured, tokens, rounds)
 
 # %% ../nbs/39_packing.ipynb #713dda86

@@ -42,9 +42,7 @@ def _room(tensors, packed):
             for name, t in tensors.items() for mark in marks]
     return -(-len(_header(rows)) // 8) * 8
 
-def _settle(file):
-    file.flush()
-    os.fsync(file.fileno())
+def _settle(file): file.flush(); os.fsync(file.fileno())
 
 # %% ../nbs/40_storage.ipynb #eaf415d6
 def _write_file(path, tensors, packed):
@@ -147,11 +145,17 @@ def _open_all(folder, names):
             raise ValueError(f"{folder}: {name!r} is no name of a safetensors file in this folder")
     return {name: _open(folder / name) for name in sorted(set(names))}
 
-# %% ../nbs/40_storage.ipynb #357aab30
+# %% ../nbs/40_storage.ipynb #7f234633
 class Stored:
     "A tensor in a file: `dtype`, `shape`, and, read when asked for, the tensor: `stored[...]`."
 
-    def __init__(self, dtype: torch.dtype, shape: tuple, read):
+    def __init__(
+        self,
+        dtype: torch.dtype,  # of the tensor
+        shape: tuple,  # of the tensor
+        read,  # a function: no arguments → the tensor, or `ValueError` if it is damaged
+    ):
+        "Keep what is known; nothing is read yet."
         self.dtype, self.shape, self.read = dtype, tuple(shape), read
 
     def __getitem__(self, everything): return self.read()
@@ -352,7 +356,6 @@ def _write_ordinary(folder, tensors, limit):
         _write_json(folder / "model.safetensors.index.json", index)
     else: os.replace(folder / "model-00001-of-00001.safetensors", folder / "model.safetensors")
 
-# %% ../nbs/40_storage.ipynb #33defcf8
 def unpack(
     source: str | Path,  # written by `save_sparse` or `pack`
     folder: str | Path,  # new or empty

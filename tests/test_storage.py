@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -416,8 +417,25 @@ def test_a_layer_that_cannot_be_converted_says_why():
 
 
 def test_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="tokens must name one"): accelerate_24(nn.Linear(8, 8), tokens=())
     with pytest.raises(ValueError, match="the model is on cpu"): accelerate_24(nn.Linear(8, 8))
     assert packed_bytes("dense", 10, 3, 2) == 20
+
+
+def test_an_old_gpu_is_refused(monkeypatch):
+    weight = SimpleNamespace(device=torch.device("cuda", 0))
+    model = SimpleNamespace(parameters=lambda: iter([weight]))
+    monkeypatch.setattr(packing, "_swap", lambda *args: "swapped")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="8.0 or more; the model is on cuda:0"): accelerate_24(model)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert accelerate_24(model) == "swapped"
+
+
+def test_an_unknown_way_is_refused():
+    message = "how must be 'dense', 'bitmask' or '2:4', not 'zip'"
+    with pytest.raises(ValueError, match=message): packed_bytes("zip", 8, 4, 2)
+    with pytest.raises(ValueError, match=message): unpack_tensor(pack_tensor(torch.eye(8))._replace(how="zip"), torch.float32, (8, 8))
 
 
 def test_a_configuration_of_other_sizes_is_named(tmp_path, bundled):

@@ -395,6 +395,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                               'ressa.repair.RessaArguments.__post_init__': ('repair.html#ressaarguments.__post_init__', 'ressa/repair.py'),
                               'ressa.repair.RessaTrainer': ('repair.html#ressatrainer', 'ressa/repair.py'),
                               'ressa.repair.RessaTrainer.__init__': ('repair.html#ressatrainer.__init__', 'ressa/repair.py'),
+                              'ressa.repair.RessaTrainer._save_checkpoint': ( 'repair.html#ressatrainer._save_checkpoint',
+                                                                              'ressa/repair.py'),
                               'ressa.repair.RessaTrainer.compute_loss': ('repair.html#ressatrainer.compute_loss', 'ressa/repair.py'),
                               'ressa.repair._TermsLogged': ('repair.html#_termslogged', 'ressa/repair.py'),
                               'ressa.repair._TermsLogged.__init__': ('repair.html#_termslogged.__init__', 'ressa/repair.py'),

@@ -127,6 +127,11 @@ class RessaTrainer(_TermsLogged):
         if not args.disable_tqdm: self.add_callback(QuietProgress)
         self.model_accepts_loss_kwargs = True  # we divide by the tokens of all accumulated batches
 
+    def _save_checkpoint(self, *args):
+        try: super()._save_checkpoint(*args)
+        except RuntimeError as error:  # so torch's writer says that a disk is full
+            raise OSError(f"the checkpoint could not be written: {error}") from error
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels, weight, args = inputs["labels"], self.args.distill_weight, self.args
         if self.causal: inputs = {name: v for name, v in inputs.items() if name != "labels"}

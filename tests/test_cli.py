@@ -145,14 +145,13 @@ def test_broken_checkpoints_are_refused(tmp_path, capsys):
         assert "no vision-language model there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("when", ["plain lora: 4 steps", "repaired: 4 steps"])
-def test_killed_and_called_again(tmp_path, when, finished):
+def test_killed_and_called_again(tmp_path, finished):
     "SIGKILL in the middle leaves nothing that looks whole, and the same command finishes with the same numbers."
     out = tmp_path / "out"
     command = [COMMAND, "repair", "--out", str(out), *QUICK]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
     for line in process.stderr:
-        if when in line: break
+        if "repaired: 4 steps" in line: break  # tests/reliability/faults.py kills at any moment
     time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
     process.wait()

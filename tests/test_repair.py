@@ -345,6 +345,14 @@ def test_a_half_written_checkpoint_is_not_taken(patient, tmp_path):
         for a, b in zip(whole.parameters(), again.parameters()): assert torch.equal(a, b)
 
 
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_system(patient, tmp_path, monkeypatch):
+    def full(*args, **kwargs): raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 16")
+    monkeypatch.setattr(torch, "save", full)
+    model, dense, processor, train = patient
+    with pytest.raises(OSError, match="checkpoint could not be written"):
+        repair(model, dense, train, processor, tmp_path, steps=2, batch_size=4, save_steps=1)
+
+
 def test_remask_restores_zeros_and_nothing_else(patient):
     model, masks = patient[0], zero_masks(patient[0])
     name, mask = next(iter(masks.items()))

@@ -50,7 +50,8 @@ def told(command, folder, **more):
                           env=environment | dict(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1") | more)
     if done.returncode: print(done.stdout[-3000:], file=sys.stderr)
     lines = [line for line in re.split(r"[\r\n]+", done.stdout) if line.strip() and not line.startswith("WARNING")]
-    last = re.sub(r" in [\d.]+s.*", "", lines[-1].replace(str(folder), "."))[:160] if lines else ""
+    last = re.sub(r" in [\d.]+s.*", "", lines[-1].replace(str(folder), ".")) if lines else ""
+    last = last.replace(tempfile.gettempdir(), "…")[:160]  # what a page keeps names no machine's folders
     return dict(exit=done.returncode, said=last.strip("= "), minutes=round((time.monotonic() - start) / 60, 1))
 
 

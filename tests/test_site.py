@@ -19,8 +19,8 @@ pytest.importorskip("myst_nb", reason="the site needs MyST-NB: pip install '.[de
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("nbs/[0-9]*.ipynb"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-IN_FULL = ("index.html", "explore.html", "search.html")  # with their code, and in the dark too
-COLOURED = ("report.html", "syllabus.html", "sparselora.html")  # of the pages of one style some are enough for colours
+IN_FULL = ("index.html", "search.html")  # with their code, and in the dark too
+COLOURED = ("explore.html", "report.html", "syllabus.html")  # of the pages of one style some are enough for colours
 sys.path.append(str(ROOT / "nbs" / "site"))
 
 LOOK = """async () => {

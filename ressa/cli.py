@@ -376,6 +376,7 @@ def main(
     "Run the command line."
     args = parse(sys.argv[1:] if argv is None else argv)
     again = "What was done is kept: the same command goes on from there."
+    if args.run is not run_repair: again = "Nothing half-written is left."
     _quiet()
     try: args.run(args)
     except ValueError as error: return _complain(error, 2)

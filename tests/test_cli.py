@@ -13,12 +13,8 @@ COMMAND = str(Path(sys.executable).parent / "ressa")
 QUICK = ["--limit", "40", "--steps", "4", "--batch-size", "8", "--calibration", "16"]
 
 
-def ressa(*args):
-    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True)
-
-
 def within(capsys, *args):
-    "The same without a process of its own, which would import everything again: exit code, output, errors."
+    "The command without a process of its own, which would import everything again: exit code, output, errors."
     from ressa.cli import main
     try: code = main([*map(str, args)])
     except SystemExit as end: code = end.code
@@ -29,7 +25,7 @@ def within(capsys, *args):
 def finished(tmp_path_factory):
     "The output of one short walk."
     out = tmp_path_factory.mktemp("walk") / "out"
-    done = ressa("repair", "--out", out, *QUICK)
+    done = subprocess.run([COMMAND, "repair", "--out", str(out), *QUICK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

@@ -1,4 +1,5 @@
 """Write README.md and its pictures from index.ipynb: its prose, its code, and what the code displays."""
+
 import base64
 import re
 from pathlib import Path
@@ -10,9 +11,11 @@ here = Path(__file__).parent
 
 def shown(cell, pictures):
     "The Markdown of one cell; a cell marked `hide` shows nothing, one marked `hide_input` its output alone."
-    if cell.cell_type == "markdown": return cell.source
+    if cell.cell_type == "markdown":
+        return cell.source
     marks = [line for line in cell.source.splitlines() if line.startswith("#|")]
-    if "#| hide" in marks: return ""
+    if "#| hide" in marks:
+        return ""
     source = "\n".join(line for line in cell.source.splitlines() if line not in marks)
     parts = [] if "#| hide_input" in marks else [f"```python\n{source}\n```"]
     for output in cell.outputs:
@@ -22,8 +25,10 @@ def shown(cell, pictures):
             pictures[name] = base64.b64decode(data["image/png"])
             alt = re.search(r"^#\| fig-alt: (.+)", cell.source, re.M)[1]
             parts.append(f"![{alt}](nbs/{name})")
-        elif "text/markdown" in data: parts.append("".join(data["text/markdown"]))
-        elif "text/plain" in data: parts.append("```\n" + "".join(data["text/plain"]) + "\n```")
+        elif "text/markdown" in data:
+            parts.append("".join(data["text/markdown"]))
+        elif "text/plain" in data:
+            parts.append("```\n" + "".join(data["text/plain"]) + "\n```")
     return "\n\n".join(parts)
 
 
@@ -31,7 +36,9 @@ def readme():
     "The text of README.md, and its pictures: path under nbs/ → bytes."
     cells, pictures = nbformat.read(here / "index.ipynb", 4).cells, {}
     text = "\n\n".join(filter(None, (shown(cell, pictures) for cell in cells))) + "\n"
-    text = re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", text)  # links as seen from the repository's root
+    text = re.sub(
+        r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", text
+    )  # links as seen from the repository's root
     return text, pictures
 
 
@@ -39,4 +46,5 @@ if __name__ == "__main__":
     text, pictures = readme()
     (here.parent / "README.md").write_text(text, encoding="utf-8")
     (here / "images").mkdir(exist_ok=True)
-    for name, data in pictures.items(): (here / name).write_bytes(data)
+    for name, data in pictures.items():
+        (here / name).write_bytes(data)

@@ -1,4 +1,5 @@
 """All figures of the course on one page, for slides: `python nbs/slides.py FOLDER` writes slides.md and its pictures."""
+
 import base64
 import re
 import sys
@@ -21,11 +22,23 @@ def figures(cells):
         if cell.cell_type == "markdown":
             heading = ([heading] + re.findall(r"^##+ (.+)$", cell.source, re.M))[-1]
         alt = re.search(r"^#\| fig-alt: (.+)", cell.source, re.M)
-        if cell.cell_type != "code" or not alt or re.search(r"^#\| hide$", cell.source, re.M): continue
-        said = next((c.source for c in cells[i + 1:i + 3] if c.cell_type == "markdown"), "").partition("\n\n")[0]
+        if (
+            cell.cell_type != "code"
+            or not alt
+            or re.search(r"^#\| hide$", cell.source, re.M)
+        ):
+            continue
+        said = next(
+            (c.source for c in cells[i + 1 : i + 3] if c.cell_type == "markdown"), ""
+        ).partition("\n\n")[0]
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
-                yield heading, alt[1], "" if said.startswith("#") else said, base64.b64decode(output.data["image/png"])
+                yield (
+                    heading,
+                    alt[1],
+                    "" if said.startswith("#") else said,
+                    base64.b64decode(output.data["image/png"]),
+                )
 
 
 def slides():
@@ -33,13 +46,22 @@ def slides():
     parts, pictures = [HEAD], {}
     for path in sorted(here.glob("[0-9]*.ipynb")):
         cells = nbformat.read(path, 4).cells
-        title = next((c.source.splitlines()[0][2:] for c in cells if c.source.startswith("# ")), path.stem)
+        title = next(
+            (c.source.splitlines()[0][2:] for c in cells if c.source.startswith("# ")),
+            path.stem,
+        )
         for k, (heading, alt, said, picture) in enumerate(figures(cells), 1):
-            if k == 1: parts.append(f"## [{path.stem[:2]} · {title}]({path.name})")
+            if k == 1:
+                parts.append(f"## [{path.stem[:2]} · {title}]({path.name})")
             name = f"figures/{path.stem}-{k}.png"
             pictures[name] = picture
             alt_text = re.sub(r"([\[\]])", r"\\\1", alt)
-            parts += [f"### {heading}", f"![{alt_text}]({name})", f"*In words:* {alt}", said]
+            parts += [
+                f"### {heading}",
+                f"![{alt_text}]({name})",
+                f"*In words:* {alt}",
+                said,
+            ]
     return "\n\n".join(filter(None, parts)) + "\n", pictures
 
 
@@ -48,7 +70,8 @@ def write(folder):
     text, pictures = slides()
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "slides.md").write_text(text, encoding="utf-8")
-    for name, picture in pictures.items(): (folder / name).write_bytes(picture)
+    for name, picture in pictures.items():
+        (folder / name).write_bytes(picture)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What all tests share."""
+
 import os
 import sys
 from pathlib import Path
@@ -20,12 +21,18 @@ def seeded():
 @pytest.fixture(scope="session")
 def data():
     "Training questions, test questions and test captions of easy-VQA."
-    from ressa.data import load_easy_vqa
-    return load_easy_vqa("train"), load_easy_vqa("test"), load_easy_vqa("test", task="caption")
+    from ressa.data.easy_vqa import load_easy_vqa
+
+    return (
+        load_easy_vqa("train"),
+        load_easy_vqa("test"),
+        load_easy_vqa("test", task="caption"),
+    )
 
 
 @pytest.fixture
 def bundled():
     "The bundled model and its processor, fresh for each test."
-    from ressa.bundled import load_bundled
+    from ressa.models.bundled import load_bundled
+
     return load_bundled("cpu")

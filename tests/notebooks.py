@@ -1,4 +1,5 @@
 """Run notebooks. `python tests/notebooks.py [--slow] [NAME ...]` runs them in place and keeps their outputs."""
+
 import json
 import re
 import sys
@@ -11,41 +12,74 @@ ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 PATHS = sorted(NBS.glob("*.ipynb"))
 # Warnings about the machine, progress bars and times have no place in a page.
-ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+}
 
 
 def flags(cell):
     "The words of a cell's `#|` lines: {'export', 'hide', 'gpu', ...}."
-    return {line[2:].split()[0] for line in cell.source.splitlines() if re.match(r"#\|\s*\w", line)}
+    return {
+        line[2:].split()[0]
+        for line in cell.source.splitlines()
+        if re.match(r"#\|\s*\w", line)
+    }
 
 
 def run(path, skip=("gpu", "slow")):
     "The notebook as it is after running; cells with a flag of `skip` keep what they have."
     import os
+
     os.environ.update(ENVIRONMENT | ({} if "slow" in skip else {"REMAKE": "1"}))
     notebook = nbformat.read(path, 4)
-    kept = [(cell, cell.source, cell.outputs) for cell in notebook.cells
-            if cell.cell_type == "code" and flags(cell) & set(skip)]
-    for cell, _, _ in kept: cell.source = ""
-    NotebookClient(notebook, timeout=3600 if "slow" not in skip else 300, kernel_name="python3", record_timing=False,
-                   resources={"metadata": {"path": str(NBS)}}).execute()
-    for cell, cell.source, cell.outputs in kept: pass
+    kept = [
+        (cell, cell.source, cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code" and flags(cell) & set(skip)
+    ]
+    for cell, _, _ in kept:
+        cell.source = ""
+    NotebookClient(
+        notebook,
+        timeout=3600 if "slow" not in skip else 300,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(NBS)}},
+    ).execute()
+    for cell, cell.source, cell.outputs in kept:
+        pass
     for cell in notebook.cells:
-        if cell.cell_type != "code": continue
+        if cell.cell_type != "code":
+            continue
         cell.execution_count = None
         for output in cell.outputs:
-            if "execution_count" in output: output.execution_count = None
-    notebook.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}
-                         } | shown_widgets(notebook)
+            if "execution_count" in output:
+                output.execution_count = None
+    notebook.metadata = {
+        "kernelspec": {
+            "display_name": "python3",
+            "language": "python",
+            "name": "python3",
+        }
+    } | shown_widgets(notebook)
     return notebook
 
 
-VIEW, STATE = ("application/vnd.jupyter.widget-" + kind for kind in ("view+json", "state+json"))
+VIEW, STATE = (
+    "application/vnd.jupyter.widget-" + kind for kind in ("view+json", "state+json")
+)
 
 
 def widget_views(notebook):
     "What the cells show as widgets: [{'model_id': …}]."
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    ]
     return [output.data[VIEW] for output in outputs if VIEW in output.get("data", {})]
 
 
@@ -57,13 +91,17 @@ def shown_widgets(notebook):
     for name in order:  # grows on the way
         parts = re.findall(r"IPY_MODEL_(\w+)", json.dumps(models[name]["state"]))
         order.extend(part for part in dict.fromkeys(parts) if part not in order)
-    if not order: return {}
+    if not order:
+        return {}
     number = {name: f"{i:032x}" for i, name in enumerate(order)}
-    for view in views: view["model_id"] = number[view["model_id"]]
+    for view in views:
+        view["model_id"] = number[view["model_id"]]
     text = json.dumps({name: models[name] for name in order})
     kept = json.loads(re.sub("|".join(order), lambda found: number[found[0]], text))
     for model in kept.values():
-        model["state"] = {name: value for name, value in model["state"].items() if value is not None}
+        model["state"] = {
+            name: value for name, value in model["state"].items() if value is not None
+        }
     return {"widgets": {STATE: stored | {"state": kept}}}
 
 
@@ -71,8 +109,11 @@ def text_outputs(notebook):
     "What each cell prints and shows as text, without pictures."
     shown = []
     for cell in notebook.cells:
-        if cell.cell_type != "code": continue
-        parts = [o.get("text", o.get("data", {}).get("text/plain", "")) for o in cell.outputs]
+        if cell.cell_type != "code":
+            continue
+        parts = [
+            o.get("text", o.get("data", {}).get("text/plain", "")) for o in cell.outputs
+        ]
         shown.append("".join("".join(part) for part in parts if "<Figure" not in part))
     return shown
 
@@ -80,6 +121,9 @@ def text_outputs(notebook):
 if __name__ == "__main__":
     names = [name for name in sys.argv[1:] if not name.startswith("--")]
     for path in PATHS:
-        if names and path.stem not in names: continue
+        if names and path.stem not in names:
+            continue
         print(path.stem, flush=True)
-        nbformat.write(run(path, ("gpu",) if "--slow" in sys.argv else ("gpu", "slow")), path)
+        nbformat.write(
+            run(path, ("gpu",) if "--slow" in sys.argv else ("gpu", "slow")), path
+        )

@@ -1,4 +1,5 @@
 """The site: built once from the notebooks, then read in a real browser that has no network."""
+
 import json
 import os
 import re
@@ -18,9 +19,16 @@ pytest.importorskip("myst_nb", reason="the site needs MyST-NB: pip install '.[de
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("nbs/[0-9]*.ipynb"))
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+    None,
+)
 IN_FULL = ("index.html", "search.html")  # with their code, and in the dark too
-COLOURED = ("explore.html", "report.html", "syllabus.html")  # of the pages of one style some are enough for colours
+COLOURED = (
+    "explore.html",
+    "report.html",
+    "syllabus.html",
+)  # of the pages of one style some are enough for colours
 sys.path.append(str(ROOT / "nbs" / "site"))
 
 LOOK = """async () => {
@@ -43,7 +51,8 @@ LOOK = """async () => {
         empty: all('.jupyter-widgets img').filter(i => !i.naturalWidth).length}}"""
 
 
-def page_of(notebook): return re.sub(r"^\d+_", "", notebook.stem) + ".html"
+def page_of(notebook):
+    return re.sub(r"^\d+_", "", notebook.stem) + ".html"
 
 
 def shared(tmp_path_factory):
@@ -58,18 +67,29 @@ def site(tmp_path_factory):
     out = shared(tmp_path_factory) / "site"
     with FileLock(out.with_suffix(".lock")):
         if not (out / "index.html").exists():
-            made = subprocess.run([sys.executable, ROOT / "nbs" / "site" / "make.py", out], cwd=ROOT,
-                                  capture_output=True, text=True)
-            assert not made.returncode, f"the site was not built:\n{made.stdout[-2000:]}{made.stderr[-4000:]}"
+            made = subprocess.run(
+                [sys.executable, ROOT / "nbs" / "site" / "make.py", out],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
+            assert not made.returncode, (
+                f"the site was not built:\n{made.stdout[-2000:]}{made.stderr[-4000:]}"
+            )
     return out
 
 
 @pytest.fixture(scope="session")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the site's tests need playwright")
-    if not CHROMIUM: pytest.skip("the site's tests need Chromium: apt-get install chromium")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="the site's tests need playwright"
+    )
+    if not CHROMIUM:
+        pytest.skip("the site's tests need Chromium: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
         yield browser
         browser.close()
 
@@ -77,7 +97,9 @@ def browser():
 @pytest.fixture
 def tab(browser):
     "A page of a desktop's size, offline; `tab.errors` gathers what went wrong on it."
-    with browser.new_context(viewport={"width": 1300, "height": 900}, offline=True) as context:
+    with browser.new_context(
+        viewport={"width": 1300, "height": 900}, offline=True
+    ) as context:
         yield watched(context.new_page())
 
 
@@ -87,20 +109,36 @@ def watched(tab):
     tab.errors = []
     tab.on("console", lambda m: m.type == "error" and tab.errors.append(m.text))
     tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-    tab.on("request", lambda r: r.url.startswith("http") and tab.errors.append(f"asks for {r.url}"))
+    tab.on(
+        "request",
+        lambda r: r.url.startswith("http") and tab.errors.append(f"asks for {r.url}"),
+    )
     return tab
 
 
 def axe(tab, but=(), colours=True):
     "Serious and critical violations that axe-core finds, on the page or on what is left without some elements."
     from axe_playwright_python.base import AXE_SCRIPT
-    if not tab.evaluate("typeof axe === 'object'"): tab.evaluate(AXE_SCRIPT)
-    for selector in but: tab.evaluate("s => document.querySelectorAll(s).forEach(e => e.remove())", selector)
-    rules = {name: {"enabled": colours} for name in ("color-contrast", "link-in-text-block")}
-    found = tab.evaluate("options => axe.run(options)",
-                         {"resultTypes": ["violations"], "preload": False, "rules": rules})["violations"]
-    return [f"{v['id']}: {node['html'][:160]} ({node['failureSummary'][:160]})" for v in found
-            if v["impact"] in ("serious", "critical") for node in v["nodes"]]
+
+    if not tab.evaluate("typeof axe === 'object'"):
+        tab.evaluate(AXE_SCRIPT)
+    for selector in but:
+        tab.evaluate(
+            "s => document.querySelectorAll(s).forEach(e => e.remove())", selector
+        )
+    rules = {
+        name: {"enabled": colours} for name in ("color-contrast", "link-in-text-block")
+    }
+    found = tab.evaluate(
+        "options => axe.run(options)",
+        {"resultTypes": ["violations"], "preload": False, "rules": rules},
+    )["violations"]
+    return [
+        f"{v['id']}: {node['html'][:160]} ({node['failureSummary'][:160]})"
+        for v in found
+        if v["impact"] in ("serious", "critical")
+        for node in v["nodes"]
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -111,15 +149,22 @@ def pages(site, tmp_path_factory, request):
         if not stored.exists():
             browser = request.getfixturevalue("browser")
             files = sorted(p for p in site.rglob("*.html") if "_static" not in p.parts)
-            stored.write_text(json.dumps({str(p.relative_to(site)): look(browser, p, site) for p in files}))
+            stored.write_text(
+                json.dumps(
+                    {str(p.relative_to(site)): look(browser, p, site) for p in files}
+                )
+            )
     return json.loads(stored.read_text())
 
 
 def look(browser, path, site):
-    with browser.new_context(viewport={"width": 390, "height": 844}, offline=True) as context:
+    with browser.new_context(
+        viewport={"width": 390, "height": 844}, offline=True
+    ) as context:
         tab = watched(context.new_page())
         tab.goto(path.as_uri())
-        if "widget-view+json" in path.read_text(encoding="utf-8"): tab.wait_for_selector(".jupyter-widgets")
+        if "widget-view+json" in path.read_text(encoding="utf-8"):
+            tab.wait_for_selector(".jupyter-widgets")
         seen = tab.evaluate(LOOK)
         seen["errors"] = tab.errors
         tab.set_viewport_size({"width": 1300, "height": 900})
@@ -129,7 +174,11 @@ def look(browser, path, site):
             tab.emulate_media(color_scheme="dark")
             seen["dark"] = axe(tab)
         elif path.parent == site:
-            seen["light"] = axe(tab, [".highlight", "mjx-container", ".bd-sidebar"], path.name in COLOURED)
+            seen["light"] = axe(
+                tab,
+                [".highlight", "mjx-container", ".bd-sidebar"],
+                path.name in COLOURED,
+            )
         return seen
 
 
@@ -143,12 +192,15 @@ def broken(pages, site):
     for name, page in pages.items():
         for link in page["links"]:
             url = urlsplit(link)
-            if url.scheme != "file": continue
+            if url.scheme != "file":
+                continue
             path = Path(unquote(url.path))
-            if not path.exists(): yield name, link
+            if not path.exists():
+                yield name, link
             elif path.suffix == ".html" and url.fragment:
                 ids = pages[str(path.relative_to(site))]["ids"]
-                if unquote(url.fragment) not in ids: yield name, link
+                if unquote(url.fragment) not in ids:
+                    yield name, link
 
 
 def test_every_notebook_has_a_page(site):
@@ -158,8 +210,15 @@ def test_every_notebook_has_a_page(site):
 
 def test_links_and_anchors(pages, site):
     assert not list(broken(pages, site))
-    planted = {"index.html": {"ids": [], "links": [(site / "index.html").as_uri() + "#nowhere",
-                                                   (site / "nowhere.html").as_uri()]}}
+    planted = {
+        "index.html": {
+            "ids": [],
+            "links": [
+                (site / "index.html").as_uri() + "#nowhere",
+                (site / "nowhere.html").as_uri(),
+            ],
+        }
+    }
     assert len(list(broken(planted, site))) == 2
 
 
@@ -168,20 +227,29 @@ def test_no_errors_and_no_network(pages):
 
 
 def test_ids_are_unique(pages):
-    twice = {name: {i for i in page["ids"] if page["ids"].count(i) > 1} for name, page in pages.items()}
+    twice = {
+        name: {i for i in page["ids"] if page["ids"].count(i) > 1}
+        for name, page in pages.items()
+    }
     assert not {name: ids for name, ids in twice.items() if ids}
 
 
 def test_mathematics_is_drawn(pages):
     assert pages["sparselora.html"]["formulas"] > 0
     assert not each(pages, "wrong")
-    assert not {name: (page["formulas"], page["drawn"]) for name, page in pages.items()
-                if page["formulas"] != page["drawn"]}
+    assert not {
+        name: (page["formulas"], page["drawn"])
+        for name, page in pages.items()
+        if page["formulas"] != page["drawn"]
+    }
 
 
 def test_fits_a_telephone(pages):
-    assert not {name: (page["too_wide"], page["sticks_out"]) for name, page in pages.items()
-                if page["too_wide"] > 0}
+    assert not {
+        name: (page["too_wide"], page["sticks_out"])
+        for name, page in pages.items()
+        if page["too_wide"] > 0
+    }
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
@@ -197,14 +265,19 @@ def test_figures_have_their_words(pages):
         words = {picture["alt"] for picture in seen["pictures"]}
         for cell in nbformat.read(notebook, 4).cells:
             alt = re.search(r"^#\| fig-alt: (.+)", cell.source, re.M)
-            if not alt or cell.cell_type != "code" or "#| hide\n" in cell.source: continue
+            if not alt or cell.cell_type != "code" or "#| hide\n" in cell.source:
+                continue
             if any("image/png" in o.get("data", {}) for o in cell.outputs):
                 assert alt[1].strip() in words, f"{notebook.name}: {alt[1]}"
 
 
 def test_solutions_are_folded(pages):
     for notebook in NOTEBOOKS:
-        text = "".join(c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "markdown")
+        text = "".join(
+            c.source
+            for c in nbformat.read(notebook, 4).cells
+            if c.cell_type == "markdown"
+        )
         seen = pages[page_of(notebook)]
         assert seen["solutions"] == text.count("<details"), notebook.name
         assert not seen["unfolded"], notebook.name
@@ -212,7 +285,8 @@ def test_solutions_are_folded(pages):
 
 def test_widgets_show_their_state(pages):
     with_widgets = [n for n in NOTEBOOKS if "widgets" in nbformat.read(n, 4).metadata]
-    if not with_widgets: pytest.skip("no notebook stores widgets")
+    if not with_widgets:
+        pytest.skip("no notebook stores widgets")
     for notebook in with_widgets:
         assert pages[page_of(notebook)]["widgets"], notebook.name
         assert not pages[page_of(notebook)]["empty"], notebook.name
@@ -224,7 +298,8 @@ def test_entries_of_the_library(pages):
     known = {name: page["ids"] for name, page in pages.items()}
     for module, names in scope["d"]["syms"].items():
         for name, (address, _) in names.items():
-            if name.count(".") > 2 or name.split(".")[-1].startswith("_"): continue
+            if name.count(".") > 2 or name.split(".")[-1].startswith("_"):
+                continue
             assert name in known[address.partition("#")[0]], f"no entry of {name}"
 
 
@@ -241,8 +316,14 @@ def test_an_entry(tab, site):
 
 
 def test_source_cells_have_no_directives(site):
-    assert not [p.name for p in site.glob("*.html")
-                if re.search(r"#\|\s*(export|hide|fig-alt)", re.sub("<[^>]+>", "", p.read_text(encoding="utf-8")))]
+    assert not [
+        p.name
+        for p in site.glob("*.html")
+        if re.search(
+            r"#\|\s*(export|hide|fig-alt)",
+            re.sub("<[^>]+>", "", p.read_text(encoding="utf-8")),
+        )
+    ]
 
 
 def test_search(tab, site):
@@ -251,7 +332,9 @@ def test_search(tab, site):
     tab.keyboard.type("SparseLoRA")
     tab.keyboard.press("Enter")
     tab.wait_for_selector("#search-results li a")
-    found = tab.locator("#search-results li a").evaluate_all("links => links.map(a => a.href)")
+    found = tab.locator("#search-results li a").evaluate_all(
+        "links => links.map(a => a.href)"
+    )
     assert any("/sparselora.html" in link for link in found)
     assert not tab.errors
 
@@ -281,22 +364,35 @@ def test_copy_button(tab, site):
 
 def test_open_in_colab_needs_an_address():
     from make import links
+
     there = dict(branch="main", nbs_path=Path("nbs"))
-    assert "Colab" not in links(Path("14_prune.ipynb"), SimpleNamespace(git_url="", **there))
-    line = links(Path("14_prune.ipynb"), SimpleNamespace(git_url="https://github.com/a/b", **there))
-    assert "https://colab.research.google.com/github/a/b/blob/main/nbs/14_prune.ipynb" in line
+    assert "Colab" not in links(
+        Path("14_prune.ipynb"), SimpleNamespace(git_url="", **there)
+    )
+    line = links(
+        Path("14_prune.ipynb"),
+        SimpleNamespace(git_url="https://github.com/a/b", **there),
+    )
+    assert (
+        "https://colab.research.google.com/github/a/b/blob/main/nbs/14_prune.ipynb"
+        in line
+    )
 
 
 def test_docments_are_read():
     import ast
+
     from interface import entry
-    source = '''def f(x: "a | b",  # rows, *all* of them
+
+    source = """def f(x: "a | b",  # rows, *all* of them
       *,
       # how many
       # of them
       n=3) -> int:  # a number
     "Do `it`."
-'''
+"""
     text = entry(ast.parse(source).body[0], source, "ressa.f")
     assert "f(x, *, n=3)" in text and "| `n` |  | `3` | how many of them |" in text
-    assert r"rows, \*all\* of them" in text and "| returns | `int` |  | a number |" in text
+    assert (
+        r"rows, \*all\* of them" in text and "| returns | `int` |  | a number |" in text
+    )

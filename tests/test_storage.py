@@ -1,4 +1,5 @@
 """Packing and sparse checkpoints: exact to the bit, whole or refused, one tensor at a time."""
+
 import json
 import os
 import signal
@@ -17,60 +18,107 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ressa import packing, storage
-from ressa.packing import TENSOR_DTYPES, Packed, accelerate_24, bits_of, pack_tensor, packed_bytes, unpack_tensor
-from ressa.scores import magnitude
-from ressa.storage import load_sparse, ordinary_tensors, pack, packed_tensors, save_sparse, unpack
+from ressa.checkpoints.packing import (
+    TENSOR_DTYPES,
+    Packed,
+    bits_of,
+    pack_tensor,
+    packed_bytes,
+    unpack_tensor,
+)
+from ressa.checkpoints.semi_structured import accelerate_24
+from ressa.checkpoints.sparse import (
+    load_sparse,
+    ordinary_tensors,
+    pack,
+    packed_tensors,
+    save_sparse,
+    unpack,
+)
+from ressa.pruning.scores import magnitude
 
 INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and bool((bits_of(a) == bits_of(b)).all())
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bool((bits_of(a) == bits_of(b)).all())
+    )
 
 
 def random_bits(dtype, shape, sparsity):
     "A tensor of any bits at all, NaN and -0.0 among them; bools stay bools."
-    if dtype == torch.bool: return torch.rand(shape) >= sparsity
+    if dtype == torch.bool:
+        return torch.rand(shape) >= sparsity
     width = 8 * dtype.itemsize
-    low = 0 if width == 8 else -2 ** (width - 1)
-    bits = torch.randint(low, low + 2 ** width if width < 64 else 2 ** 63 - 1, shape).to(INTS[dtype.itemsize])
-    sign = torch.tensor(-128 if width == 8 else -2 ** (width - 1)).to(bits.dtype)
+    low = 0 if width == 8 else -(2 ** (width - 1))
+    bits = torch.randint(low, low + 2**width if width < 64 else 2**63 - 1, shape).to(
+        INTS[dtype.itemsize]
+    )
+    sign = torch.tensor(-128 if width == 8 else -(2 ** (width - 1))).to(bits.dtype)
     bits = torch.where(torch.rand(shape) < 0.1, sign, bits)
-    return torch.where(torch.rand(shape) < sparsity, torch.zeros((), dtype=bits.dtype), bits).view(dtype)
+    return torch.where(
+        torch.rand(shape) < sparsity, torch.zeros((), dtype=bits.dtype), bits
+    ).view(dtype)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(list(TENSOR_DTYPES.values())), st.lists(st.integers(0, 9), max_size=4),
-       st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]), st.integers(0, 2 ** 30))
+@given(
+    st.sampled_from(list(TENSOR_DTYPES.values())),
+    st.lists(st.integers(0, 9), max_size=4),
+    st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
+    st.integers(0, 2**30),
+)
 def test_any_tensor_survives(dtype, shape, sparsity, seed):
     torch.manual_seed(seed)
     tensor = random_bits(dtype, tuple(shape), sparsity)
     packed = pack_tensor(tensor)
     assert same(unpack_tensor(packed, dtype, tensor.shape), tensor)
     assert packed.index.nbytes + packed.values.nbytes <= tensor.nbytes
-    if tensor.dim() > 1: assert same(unpack_tensor(pack_tensor(tensor.mT), dtype, tensor.mT.shape), tensor.mT)
+    if tensor.dim() > 1:
+        assert same(
+            unpack_tensor(pack_tensor(tensor.mT), dtype, tensor.mT.shape), tensor.mT
+        )
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 15), min_size=1, max_size=200), st.integers(0, 2 ** 30))
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=200), st.integers(0, 2**30))
 def test_groups_of_four(masks, seed):
     torch.manual_seed(seed)
     kept = torch.tensor([[mask >> i & 1 for i in range(4)] for mask in masks])
     tensor = torch.randn(len(masks), 4) * kept
     packed = pack_tensor(tensor)
     assert same(unpack_tensor(packed, tensor.dtype, tensor.shape), tensor)
-    if max(mask.bit_count() for mask in masks) > 2: assert packed.how != "2:4"
+    if max(mask.bit_count() for mask in masks) > 2:
+        assert packed.how != "2:4"
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 2 ** 15 - 1, 2 ** 15, 2 ** 15 + 4, 2 ** 17 + 20])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 2**15 - 1, 2**15, 2**15 + 4, 2**17 + 20])
 def test_chunks(n):
-    for tensor in (random_bits(torch.bfloat16, (n,), 0.7), magnitude(torch.randn(1, n // 4 * 4), pattern="2:4")):
-        assert same(unpack_tensor(pack_tensor(tensor), tensor.dtype, tensor.shape), tensor)
+    for tensor in (
+        random_bits(torch.bfloat16, (n,), 0.7),
+        magnitude(torch.randn(1, n // 4 * 4), pattern="2:4"),
+    ):
+        assert same(
+            unpack_tensor(pack_tensor(tensor), tensor.dtype, tensor.shape), tensor
+        )
 
 
-@pytest.mark.parametrize("target, limit", [(dict(sparsity=0.5), 0.57), (dict(sparsity=0.7), 0.37), (dict(pattern="2:4"), 0.55)])
+@pytest.mark.parametrize(
+    "target, limit",
+    [
+        (dict(sparsity=0.5), 0.57),
+        (dict(sparsity=0.7), 0.37),
+        (dict(pattern="2:4"), 0.55),
+    ],
+)
 def test_sizes(tmp_path, target, limit):
-    layers = {f"layer{i}.weight": magnitude(torch.randn(512, 1000), **target).bfloat16() for i in range(3)}
+    layers = {
+        f"layer{i}.weight": magnitude(torch.randn(512, 1000), **target).bfloat16()
+        for i in range(3)
+    }
     (tmp_path / "dense").mkdir()
     save_file(layers, tmp_path / "dense" / "model.safetensors")
     sizes = pack(tmp_path / "dense", tmp_path / "packed")
@@ -79,7 +127,8 @@ def test_sizes(tmp_path, target, limit):
 
 
 def packed_folder(path, **tensors):
-    with storage._whole(path) as side: storage._write_packed(side, tensors, 5e9)
+    with storage._whole(path) as side:
+        storage._write_packed(side, tensors, 5e9)
     return path
 
 
@@ -88,22 +137,36 @@ def everything(folder):
 
 
 def some():
-    return {"mask": magnitude(torch.randn(16, 12), sparsity=0.7).bfloat16(), "half": magnitude(torch.randn(8, 16), pattern="2:4"),
-            "norm": torch.randn(5), "flags": torch.tensor([True, False, True]), "step": torch.tensor(3), "none": torch.zeros(0, 4)}
+    return {
+        "mask": magnitude(torch.randn(16, 12), sparsity=0.7).bfloat16(),
+        "half": magnitude(torch.randn(8, 16), pattern="2:4"),
+        "norm": torch.randn(5),
+        "flags": torch.tensor([True, False, True]),
+        "step": torch.tensor(3),
+        "none": torch.zeros(0, 4),
+    }
 
 
 @pytest.mark.parametrize("limit", [1, 100, 5e9])
 def test_folder_round_trip(tmp_path, limit):
-    tensors = some() | {str(dtype): random_bits(dtype, (7, 3), 0.8) for dtype in TENSOR_DTYPES.values()}
-    with storage._whole(tmp_path / "a") as side: storage._write_packed(side, tensors, limit)
+    tensors = some() | {
+        str(dtype): random_bits(dtype, (7, 3), 0.8) for dtype in TENSOR_DTYPES.values()
+    }
+    with storage._whole(tmp_path / "a") as side:
+        storage._write_packed(side, tensors, limit)
     again = everything(tmp_path / "a")
     assert list(again) == list(tensors)
-    for name, tensor in tensors.items(): assert same(again[name], tensor), name
+    for name, tensor in tensors.items():
+        assert same(again[name], tensor), name
     unpack(tmp_path / "a", tmp_path / "b", max_shard_size=limit)
-    plain = {name: tensor[...] for name, tensor in ordinary_tensors(tmp_path / "b").items()}
-    for name, tensor in tensors.items(): assert same(plain[name], tensor), name
+    plain = {
+        name: tensor[...] for name, tensor in ordinary_tensors(tmp_path / "b").items()
+    }
+    for name, tensor in tensors.items():
+        assert same(plain[name], tensor), name
     pack(tmp_path / "b", tmp_path / "c", max_shard_size=limit)
-    for name, tensor in everything(tmp_path / "c").items(): assert same(tensor, tensors[name]), name
+    for name, tensor in everything(tmp_path / "c").items():
+        assert same(tensor, tensors[name]), name
 
 
 def test_every_flipped_byte_is_found(tmp_path):
@@ -112,11 +175,18 @@ def test_every_flipped_byte_is_found(tmp_path):
     for path in sorted(folder.iterdir()):
         whole, missed = path.read_bytes(), []
         for i in range(len(whole)):
-            path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1:])
-            try: again = everything(folder)
-            except ValueError as error: assert path.name in str(error) or "sparse-" in str(error), str(error)
+            path.write_bytes(
+                whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :]
+            )
+            try:
+                again = everything(folder)
+            except ValueError as error:
+                assert path.name in str(error) or "sparse-" in str(error), str(error)
             else:  # what a flip leaves readable must be what was written
-                if again.keys() != before.keys() or not all(same(again[k], before[k]) for k in before): missed.append(i)
+                if again.keys() != before.keys() or not all(
+                    same(again[k], before[k]) for k in before
+                ):
+                    missed.append(i)
         path.write_bytes(whole)
         assert not missed, (path.name, missed[:5])
 
@@ -127,7 +197,8 @@ def test_every_cut_is_found(tmp_path):
         whole = path.read_bytes()
         for i in range(0, len(whole), 7):
             path.write_bytes(whole[:i])
-            with pytest.raises(ValueError, match=path.name): everything(folder)
+            with pytest.raises(ValueError, match=path.name):
+                everything(folder)
         path.write_bytes(whole)
 
 
@@ -136,47 +207,93 @@ def forge(folder, change):
     table = json.loads((folder / "sparse.json").read_text())
     table.pop("crc32")
     change(table["tensors"])
-    (folder / "sparse.json").write_text(json.dumps(table | {"crc32": storage._sum_of(table)}))
+    (folder / "sparse.json").write_text(
+        json.dumps(table | {"crc32": storage._sum_of(table)})
+    )
 
 
-@pytest.mark.parametrize("name, shape", [("mask", [16, 13]), ("mask", [2 ** 40]), ("mask", [-16, -12]), ("mask", [192.0]),
-                                         ("half", [2 ** 40]), ("half", [130]), ("norm", [4]), ("norm", [True] * 5 + [5]), ("mask", "16")])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("mask", [16, 13]),
+        ("mask", [2**40]),
+        ("mask", [-16, -12]),
+        ("mask", [192.0]),
+        ("half", [2**40]),
+        ("half", [130]),
+        ("norm", [4]),
+        ("norm", [True] * 5 + [5]),
+        ("mask", "16"),
+    ],
+)
 def test_forged_shapes(tmp_path, name, shape):
     folder = packed_folder(tmp_path / "a", **some())
     forge(folder, lambda rows: rows[name].update(shape=shape))
-    with pytest.raises(ValueError, match=name): everything(folder)
+    with pytest.raises(ValueError, match=name):
+        everything(folder)
 
 
-@pytest.mark.parametrize("file", ["../a/sparse-00001-of-00001.safetensors", "/etc/passwd", "", None, 7, ["a"], "..", "a\0.safetensors",
-                                  "sub/x.safetensors", "..\\x.safetensors", "sparse.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../a/sparse-00001-of-00001.safetensors",
+        "/etc/passwd",
+        "",
+        None,
+        7,
+        ["a"],
+        "..",
+        "a\0.safetensors",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "sparse.json",
+    ],
+)
 def test_paths_out_of_the_folder(tmp_path, file):
     folder = packed_folder(tmp_path / "a", **some())
     forge(folder, lambda rows: rows["mask"].update(file=file))
-    with pytest.raises(ValueError, match="no name of a safetensors file"): packed_tensors(folder)
+    with pytest.raises(ValueError, match="no name of a safetensors file"):
+        packed_tensors(folder)
     dense = tmp_path / "dense"
     dense.mkdir()
-    (dense / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
-    with pytest.raises(ValueError, match="no name of a safetensors file"): pack(dense, tmp_path / "out")
+    (dense / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": file}})
+    )
+    with pytest.raises(ValueError, match="no name of a safetensors file"):
+        pack(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"\xff" * 64, (2 ** 62).to_bytes(8, "little") + b"{}",
-                                     (10 ** 8 + 1).to_bytes(8, "little") + b" " * 99, (2).to_bytes(8, "little") + b"[]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04K\x01.",
+        b"\xff" * 64,
+        (2**62).to_bytes(8, "little") + b"{}",
+        (10**8 + 1).to_bytes(8, "little") + b" " * 99,
+        (2).to_bytes(8, "little") + b"[]",
+    ],
+)
 def test_no_safetensors_file(tmp_path, content):
     folder = packed_folder(tmp_path / "a", **some())
     path = folder / "sparse-00001-of-00001.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=path.name): packed_tensors(folder)
+    with pytest.raises(ValueError, match=path.name):
+        packed_tensors(folder)
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense" / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="model.safetensors"): pack(tmp_path / "dense", tmp_path / "out")
+    with pytest.raises(ValueError, match="model.safetensors"):
+        pack(tmp_path / "dense", tmp_path / "out")
 
 
 def test_a_pickle_is_not_opened(tmp_path):
     torch.save({"w": torch.ones(3)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="other formats are not read"): pack(tmp_path, tmp_path.parent / "out")
+    with pytest.raises(ValueError, match="other formats are not read"):
+        pack(tmp_path, tmp_path.parent / "out")
     torch.save({"w": torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="not a whole safetensors"): pack(tmp_path, tmp_path.parent / "out")
+    with pytest.raises(ValueError, match="not a whole safetensors"):
+        pack(tmp_path, tmp_path.parent / "out")
 
 
 def test_masks_that_lie():
@@ -185,56 +302,93 @@ def test_masks_that_lie():
     assert how == "bitmask"
     more = index.copy()
     more[1] |= 0x80  # the sixteenth of fifteen weights
-    for bad, why in ((Packed(how, more, values), "more weights than"), (Packed(how, index, values[:-1]), "as many weights"),
-                     (Packed(how, index[:4], values), "index and shape"), (Packed("dense", index[:0], values), "values and shape")):
-        with pytest.raises(ValueError, match=why): unpack_tensor(bad, tensor.dtype, tensor.shape)
+    for bad, why in (
+        (Packed(how, more, values), "more weights than"),
+        (Packed(how, index, values[:-1]), "as many weights"),
+        (Packed(how, index[:4], values), "index and shape"),
+        (Packed("dense", index[:0], values), "values and shape"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            unpack_tensor(bad, tensor.dtype, tensor.shape)
     codes = Packed("2:4", np.full(8, 255, np.uint8), np.ones(2, np.int32))
-    with pytest.raises(ValueError, match="six patterns"): unpack_tensor(codes, torch.float32, (4,))
+    with pytest.raises(ValueError, match="six patterns"):
+        unpack_tensor(codes, torch.float32, (4,))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"version": 1}', "[" * 10 ** 5])
+@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"version": 1}', "[" * 10**5])
 def test_broken_tables(tmp_path, text):
     (tmp_path / "sparse.json").write_text(text)
-    with pytest.raises(ValueError, match="sparse.json"): packed_tensors(tmp_path)
+    with pytest.raises(ValueError, match="sparse.json"):
+        packed_tensors(tmp_path)
 
 
 class Full:
     "A file on a disk that is full after some bytes."
-    def __init__(self, file, room): self.file, self.room = file, room
-    def __enter__(self): return self
-    def __exit__(self, *error): self.file.close()
-    def __getattr__(self, name): return getattr(self.file, name)
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
     def write(self, data):
         self.room -= len(data)
-        if self.room < 0: raise OSError(28, "No space left on device")
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
         return self.file.write(data)
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "open", lambda *args, **options: Full(open(*args, **options), 200), raising=False)
-    with pytest.raises(ValueError, match="target: cannot be written: No space left"): packed_folder(tmp_path / "target", **some())
+    monkeypatch.setattr(
+        storage,
+        "open",
+        lambda *args, **options: Full(open(*args, **options), 200),
+        raising=False,
+    )
+    with pytest.raises(ValueError, match="target: cannot be written: No space left"):
+        packed_folder(tmp_path / "target", **some())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_read_only_folder(tmp_path, monkeypatch):
-    def refuse(*args, **options): raise PermissionError(13, "Permission denied")
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr(storage.Path, "mkdir", refuse)
-    with pytest.raises(ValueError, match="target: cannot be written: Permission denied"): packed_folder(tmp_path / "target", **some())
+    with pytest.raises(
+        ValueError, match="target: cannot be written: Permission denied"
+    ):
+        packed_folder(tmp_path / "target", **some())
 
 
 def test_what_is_there_is_never_touched(tmp_path):
     folder = packed_folder(tmp_path / "a", **some())
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for write in (lambda: packed_folder(folder, **some()), lambda: pack(tmp_path, folder), lambda: unpack(folder, folder)):
-        with pytest.raises(ValueError): write()
+    for write in (
+        lambda: packed_folder(folder, **some()),
+        lambda: pack(tmp_path, folder),
+        lambda: unpack(folder, folder),
+    ):
+        with pytest.raises(ValueError):
+            write()
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "empty").mkdir()
     packed_folder(tmp_path / "empty", **some())
-    with pytest.raises(ValueError, match="lies in"): unpack(folder, folder / "inside")
-    with pytest.raises(ValueError, match="packed already"): pack(folder, tmp_path / "b")
-    with pytest.raises(ValueError, match="no folder"): pack(tmp_path / "nowhere", tmp_path / "b")
+    with pytest.raises(ValueError, match="lies in"):
+        unpack(folder, folder / "inside")
+    with pytest.raises(ValueError, match="packed already"):
+        pack(folder, tmp_path / "b")
+    with pytest.raises(ValueError, match="no folder"):
+        pack(tmp_path / "nowhere", tmp_path / "b")
     with pytest.raises(ValueError, match="max_shard_size"):
-        with storage._whole(tmp_path / "b") as side: storage._write_packed(side, some(), 0)
+        with storage._whole(tmp_path / "b") as side:
+            storage._write_packed(side, some(), 0)
     assert not (tmp_path / "b").exists()
 
 
@@ -255,16 +409,26 @@ with storage._whole({str(tmp_path / "target")!r}) as side:
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     left = list(tmp_path.iterdir())
     assert [path.suffix for path in left] == [".part"]
-    with pytest.raises(ValueError, match="no sparse.json"): load_sparse(left[0])
+    with pytest.raises(ValueError, match="no sparse.json"):
+        load_sparse(left[0])
     packed_folder(tmp_path / "target", **some())
 
 
 def llama(tied=True, **options):
-    config = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=2, tie_word_embeddings=tied, **options)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        **options,
+    )
     model = LlamaForCausalLM(config).eval()
     for name, weight in model.named_parameters():
-        if "proj" in name: weight.data = magnitude(weight.data, sparsity=0.7)
+        if "proj" in name:
+            weight.data = magnitude(weight.data, sparsity=0.7)
     model.generation_config.max_new_tokens = 7
     return model
 
@@ -276,15 +440,19 @@ def test_model_round_trip(tmp_path, tied):
     save_sparse(model, tmp_path / "a", max_shard_size=3000)
     assert ("lm_head.weight" in packed_tensors(tmp_path / "a")) != tied
     again = load_sparse(tmp_path / "a")
-    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()): assert same(a, b), name
-    for (name, a), b in zip(model.named_buffers(), again.buffers()): assert same(a, b), name
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+        assert same(a, b), name
+    for (name, a), b in zip(model.named_buffers(), again.buffers()):
+        assert same(a, b), name
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
     assert not again.training and again.generation_config.max_new_tokens == 7
     x = torch.arange(12).reshape(2, 6)
-    with torch.no_grad(): assert torch.equal(model(x).logits, again(x).logits)
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, again(x).logits)
     unpack(tmp_path / "a", tmp_path / "b", max_shard_size=3000)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
-    for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values()): assert same(a, b), name
+    for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values()):
+        assert same(a, b), name
 
 
 def test_mixed_dtypes_come_back(tmp_path):
@@ -292,7 +460,10 @@ def test_mixed_dtypes_come_back(tmp_path):
     model.model.norm.float()
     model.model.layers[1].mlp.down_proj.to(torch.float64)
     save_sparse(model, tmp_path / "a")
-    for (name, a), b in zip(model.state_dict().items(), load_sparse(tmp_path / "a").state_dict().values()): assert same(a, b), name
+    for (name, a), b in zip(
+        model.state_dict().items(), load_sparse(tmp_path / "a").state_dict().values()
+    ):
+        assert same(a, b), name
 
 
 def test_twins_that_are_no_longer_tied(tmp_path):
@@ -306,8 +477,10 @@ def test_bundled_model(tmp_path, bundled):
     model, processor = bundled
     save_sparse(model, tmp_path / "a", processor)
     again = load_sparse(tmp_path / "a")
-    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()): assert same(a, b), name
-    with pytest.raises(OSError, match="no file named model.safetensors"): type(model).from_pretrained(tmp_path / "a")
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+        assert same(a, b), name
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        type(model).from_pretrained(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert not any("sparsity" in key or "quantization" in key for key in config)
 
@@ -315,9 +488,12 @@ def test_bundled_model(tmp_path, bundled):
 def test_config_and_weights_that_differ(tmp_path):
     save_sparse(llama(), tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
+
     def expect(message, **change):
         (tmp_path / "a" / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=message): load_sparse(tmp_path / "a")
+        with pytest.raises(ValueError, match=message):
+            load_sparse(tmp_path / "a")
+
     expect("missing_keys", num_hidden_layers=3)
     expect("unexpected_keys", num_hidden_layers=1)
     expect("no model class 'os'", architectures=["os"])
@@ -331,17 +507,22 @@ def test_damage_is_named_through_the_loader(tmp_path):
     whole = bytearray(path.read_bytes())
     whole[-1] ^= 1
     path.write_bytes(bytes(whole))
-    with pytest.raises(ValueError, match="its bytes are not those"): load_sparse(tmp_path / "a")
+    with pytest.raises(ValueError, match="its bytes are not those"):
+        load_sparse(tmp_path / "a")
 
 
 def test_what_is_no_model(tmp_path):
     from peft import LoraConfig, get_peft_model
+
     adapted = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     for bad in (nn.Linear(2, 2), adapted):
-        with pytest.raises(ValueError, match="merge adapters first"): save_sparse(bad, tmp_path / "a")
+        with pytest.raises(ValueError, match="merge adapters first"):
+            save_sparse(bad, tmp_path / "a")
     config = llama().config
-    with torch.device("meta"): empty = LlamaForCausalLM(config)
-    with pytest.raises(ValueError, match="meta device"): save_sparse(empty, tmp_path / "a")
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match="meta device"):
+        save_sparse(empty, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -354,10 +535,22 @@ def test_the_rest_of_a_folder(tmp_path):
     os.symlink(source / "chat" / "template.jinja", source / "vocab.txt")
     pack(source, tmp_path / "b")
     unpack(tmp_path / "b", tmp_path / "c")
-    names = {str(path.relative_to(tmp_path / "c")) for path in (tmp_path / "c").rglob("*")}
-    assert names == {"chat", "chat/template.jinja", "vocab.txt", "config.json", "generation_config.json", "model.safetensors"}
+    names = {
+        str(path.relative_to(tmp_path / "c")) for path in (tmp_path / "c").rglob("*")
+    }
+    assert names == {
+        "chat",
+        "chat/template.jinja",
+        "vocab.txt",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     assert not (tmp_path / "c" / "vocab.txt").is_symlink()
-    assert load_file(tmp_path / "c" / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "c" / "model.safetensors").keys()
+        == load_file(source / "model.safetensors").keys()
+    )
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -388,37 +581,57 @@ packing = peak(lambda: pack({str(tmp_path / "b")!r}, {str(tmp_path / "c")!r}))[0
 loading, again = peak(lambda: load_sparse({str(tmp_path / "a")!r}))
 print(size, saving, unpacking, packing, loading - size)
 """
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     size, *beside = map(float, out.stdout.split()[-5:])
     assert size > 180, out.stderr[-2000:]
-    assert max(beside) < 10, beside  # MiB: a tensor of 4, its packed form, and what an allocator keeps
+    assert max(beside) < 10, (
+        beside
+    )  # MiB: a tensor of 4, its packed form, and what an allocator keeps
 
 
 def test_swap_only_where_it_wins(monkeypatch):
     gains = {(8, 1): 2.0, (8, 9): 3.0, (12, 1): 2.0, (12, 9): 0.9}
-    monkeypatch.setattr(packing, "measured_gain", lambda weight, convert, n, rounds: gains[weight.shape[1], n])
+    monkeypatch.setattr(
+        packing,
+        "measured_gain",
+        lambda weight, convert, n, rounds: gains[weight.shape[1], n],
+    )
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4), nn.Linear(4, 4))
-    for layer in model[:2]: layer.weight.data = magnitude(layer.weight.data, pattern="2:4")
+    for layer in model[:2]:
+        layer.weight.data = magnitude(layer.weight.data, pattern="2:4")
     x = torch.randn(5, 8)
     before = model(x)
     warnings.filterwarnings("ignore", message="Sparse CSR")
     found = packing._swap(model, torch.Tensor.to_sparse_csr, (1, 9), 3)
     assert found == {"0": {1: 2.0, 9: 3.0}, "1": {1: 2.0, 9: 0.9}}
-    assert [layer.weight.layout for layer in model] == [torch.sparse_csr, torch.strided, torch.strided]
+    assert [layer.weight.layout for layer in model] == [
+        torch.sparse_csr,
+        torch.strided,
+        torch.strided,
+    ]
     assert torch.allclose(model(x), before, atol=1e-6)
 
 
 def test_a_layer_that_cannot_be_converted_says_why():
     layer = nn.Linear(8, 8)
     layer.weight.data = magnitude(layer.weight.data, pattern="2:4")
-    def refuse(weight): raise RuntimeError("only 64 by 64 and more")
-    assert packing._swap(nn.Sequential(layer), refuse, (1,), 3) == {"0": "only 64 by 64 and more"}
+
+    def refuse(weight):
+        raise RuntimeError("only 64 by 64 and more")
+
+    assert packing._swap(nn.Sequential(layer), refuse, (1,), 3) == {
+        "0": "only 64 by 64 and more"
+    }
     assert layer.weight.layout == torch.strided
 
 
 def test_a_cpu_is_refused():
-    with pytest.raises(ValueError, match="tokens must name one"): accelerate_24(nn.Linear(8, 8), tokens=())
-    with pytest.raises(ValueError, match="the model is on cpu"): accelerate_24(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="tokens must name one"):
+        accelerate_24(nn.Linear(8, 8), tokens=())
+    with pytest.raises(ValueError, match="the model is on cpu"):
+        accelerate_24(nn.Linear(8, 8))
     assert packed_bytes("dense", 10, 3, 2) == 20
 
 
@@ -427,15 +640,20 @@ def test_an_old_gpu_is_refused(monkeypatch):
     model = SimpleNamespace(parameters=lambda: iter([weight]))
     monkeypatch.setattr(packing, "_swap", lambda *args: "swapped")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(ValueError, match="8.0 or more; the model is on cuda:0"): accelerate_24(model)
+    with pytest.raises(ValueError, match="8.0 or more; the model is on cuda:0"):
+        accelerate_24(model)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert accelerate_24(model) == "swapped"
 
 
 def test_an_unknown_way_is_refused():
     message = "how must be 'dense', 'bitmask' or '2:4', not 'zip'"
-    with pytest.raises(ValueError, match=message): packed_bytes("zip", 8, 4, 2)
-    with pytest.raises(ValueError, match=message): unpack_tensor(pack_tensor(torch.eye(8))._replace(how="zip"), torch.float32, (8, 8))
+    with pytest.raises(ValueError, match=message):
+        packed_bytes("zip", 8, 4, 2)
+    with pytest.raises(ValueError, match=message):
+        unpack_tensor(
+            pack_tensor(torch.eye(8))._replace(how="zip"), torch.float32, (8, 8)
+        )
 
 
 def test_a_configuration_of_other_sizes_is_named(tmp_path, bundled):
@@ -445,4 +663,5 @@ def test_a_configuration_of_other_sizes_is_named(tmp_path, bundled):
     config = json.loads(path.read_text())
     config["text_config"]["intermediate_size"] *= 2
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config.json"): load_sparse(tmp_path / "packed")
+    with pytest.raises(ValueError, match="config.json"):
+        load_sparse(tmp_path / "packed")

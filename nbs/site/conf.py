@@ -1,4 +1,5 @@
 """How Sphinx makes the site. Every script comes out of an installed package: pages need no network."""
+
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,16 @@ project, author, release = settings.title, settings.author, settings.version
 copyright = settings.copyright
 
 
-def package(name, *parts): return Path(find_spec(name).origin).parent.joinpath(*parts)
+def package(name, *parts):
+    return Path(find_spec(name).origin).parent.joinpath(*parts)
 
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.mathjax",
-              "sphinx.ext.linkcode" if settings.git_url else "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx_copybutton",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.linkcode" if settings.git_url else "sphinx.ext.viewcode",
+]
 exclude_patterns = ["notebooks"]
 highlight_language = "text"
 viewcode_follow_imported_members = False  # else it imports the library
@@ -36,25 +42,41 @@ mathjax_path = "tex-svg.js"
 html_title = project
 html_theme = "sphinx_book_theme"
 widgets = package("shinywidgets", "static")
-html_static_path = ["static", *map(str, [
-    package("sphinx-mathjax-offline", "static", "mathjax", "tex-svg.js"),
-    package("shiny", "www", "shared", "requirejs", "require.min.js"),
-    widgets / "libembed-amd.js", *widgets.glob("*.woff2")])]
+html_static_path = [
+    "static",
+    *map(
+        str,
+        [
+            package("sphinx-mathjax-offline", "static", "mathjax", "tex-svg.js"),
+            package("shiny", "www", "shared", "requirejs", "require.min.js"),
+            widgets / "libembed-amd.js",
+            *widgets.glob("*.woff2"),
+        ],
+    ),
+]
 html_css_files = ["ressa.css"]
 html_js_files = [("ressa.js", {"priority": 250})]
 html_copy_source = html_show_sourcelink = False
 html_context = {"default_mode": "auto"}
 html_theme_options = {
-    "repository_url": settings.git_url or "", "use_repository_button": bool(settings.git_url),
-    "use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1,
-    "show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": [],
-    "pygments_light_style": "a11y-high-contrast-light", "pygments_dark_style": "a11y-high-contrast-dark"}
+    "repository_url": settings.git_url or "",
+    "use_repository_button": bool(settings.git_url),
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "navbar_persistent": [],
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
 
 
 def source_of(app, modname):
     "The source of one of our modules, without importing it, and where its names are."
     path = settings.config_path / f"{modname.replace('.', '/')}.py"
-    if not path.exists(): return None
+    if not path.exists():
+        return None
     code = path.read_text(encoding="utf-8")
     return code, ModuleAnalyzer.for_string(code, modname).find_tags()
 
@@ -71,20 +93,29 @@ def nbdev_anchors(app, doctree):
     taken = set(doctree.ids)
     for node in doctree.findall(addnodes.desc_signature):
         anchor = node.get("fullname", "").lower()
-        if anchor and anchor not in taken: node["ids"].append(anchor)
+        if anchor and anchor not in taken:
+            node["ids"].append(anchor)
         taken.add(anchor)
 
 
 def local_fonts(app, error):
     "The widgets' script asks a server for its icon font by address: let it look beside the page."
-    if error: return
+    if error:
+        return
     script = Path(app.outdir, "_static", "libembed-amd.js")
     text = script.read_text(encoding="utf-8")
-    script.write_text(re.sub(r"https://unpkg\.com/@jupyter-widgets/html-manager@[\d.]+/dist/",
-                             "_static/", text), encoding="utf-8")
+    script.write_text(
+        re.sub(
+            r"https://unpkg\.com/@jupyter-widgets/html-manager@[\d.]+/dist/",
+            "_static/",
+            text,
+        ),
+        encoding="utf-8",
+    )
 
 
 def setup(app):
-    if not settings.git_url: app.connect("viewcode-find-source", source_of)
+    if not settings.git_url:
+        app.connect("viewcode-find-source", source_of)
     app.connect("doctree-read", nbdev_anchors)
     app.connect("build-finished", local_fonts)

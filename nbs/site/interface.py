@@ -1,4 +1,5 @@
 """The library's public interface, read from the notebooks' source: nothing is imported for it."""
+
 import ast
 import copy
 import re
@@ -6,17 +7,31 @@ import re
 
 def definitions(source):
     "The public functions and classes of a cell, by name."
-    return {node.name: node for node in ast.parse(source).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")}
+    return {
+        node.name: node
+        for node in ast.parse(source).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+    }
 
 
 def methods(node):
     "The documented public methods of a class."
-    return [m for m in getattr(node, "body", []) if isinstance(m, ast.FunctionDef)
-            and ast.get_docstring(m) and not m.name.startswith("_")] if is_class(node) else []
+    return (
+        [
+            m
+            for m in getattr(node, "body", [])
+            if isinstance(m, ast.FunctionDef)
+            and ast.get_docstring(m)
+            and not m.name.startswith("_")
+        ]
+        if is_class(node)
+        else []
+    )
 
 
-def is_class(node): return isinstance(node, ast.ClassDef)
+def is_class(node):
+    return isinstance(node, ast.ClassDef)
 
 
 def symbols(notebooks):
@@ -24,7 +39,10 @@ def symbols(notebooks):
     found = {}
     for module, nb in notebooks:
         for cell in nb.cells:
-            if cell.cell_type != "code" or not re.search(r"^#\| *exports?\b", cell.source, re.M): continue
+            if cell.cell_type != "code" or not re.search(
+                r"^#\| *exports?\b", cell.source, re.M
+            ):
+                continue
             for name, node in definitions(cell.source).items():
                 for full in (name, *(f"{name}.{m.name}" for m in methods(node))):
                     found.setdefault(full, module)
@@ -34,36 +52,52 @@ def symbols(notebooks):
 def arguments(node):
     "What one calls a function or a class with: `ast.arg` or field → its default, or None."
     if is_class(node):
-        init = [m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"]
-        if init: return arguments(init[0])
+        init = [
+            m
+            for m in node.body
+            if isinstance(m, ast.FunctionDef) and m.name == "__init__"
+        ]
+        if init:
+            return arguments(init[0])
         return {f: f.value for f in node.body if isinstance(f, ast.AnnAssign)}
     a = node.args
     plain = a.posonlyargs + a.args
     defaults = [None] * (len(plain) - len(a.defaults)) + a.defaults
     every = {**dict(zip(plain, defaults)), **dict(zip(a.kwonlyargs, a.kw_defaults))}
-    return {arg: default for arg, default in every.items() if arg.arg not in ("self", "cls")}
+    return {
+        arg: default for arg, default in every.items() if arg.arg not in ("self", "cls")
+    }
 
 
 def signature(node):
     "The arguments without their types, which the table has."
-    if is_class(node) and not any(getattr(m, "name", "") == "__init__" for m in node.body):
-        return ", ".join(f.target.id + (f"={ast.unparse(f.value)}" if f.value else "")
-                         for f in arguments(node))
-    if is_class(node): node = next(m for m in node.body if getattr(m, "name", "") == "__init__")
+    if is_class(node) and not any(
+        getattr(m, "name", "") == "__init__" for m in node.body
+    ):
+        return ", ".join(
+            f.target.id + (f"={ast.unparse(f.value)}" if f.value else "")
+            for f in arguments(node)
+        )
+    if is_class(node):
+        node = next(m for m in node.body if getattr(m, "name", "") == "__init__")
     args = copy.deepcopy(node.args)
     for arg in ast.walk(args):
-        if isinstance(arg, ast.arg): arg.annotation = None
-    if args.args and args.args[0].arg in ("self", "cls"): del args.args[0]
+        if isinstance(arg, ast.arg):
+            arg.annotation = None
+    if args.args and args.args[0].arg in ("self", "cls"):
+        del args.args[0]
     return ast.unparse(args)
 
 
 def docment(lines, node):
     "The comment behind a parameter, or the comment lines above it."
-    behind = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-    if found := re.match(r"[^#)\"']*# *(.+)", behind): return found.group(1)
+    behind = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+    if found := re.match(r"[^#)\"']*# *(.+)", behind):
+        return found.group(1)
     above = []
-    for line in reversed(lines[:node.lineno - 1]):
-        if not (found := re.match(r" *# *(.+)", line)): break
+    for line in reversed(lines[: node.lineno - 1]):
+        if not (found := re.match(r" *# *(.+)", line)):
+            break
         above.insert(0, found.group(1))
     return " ".join(above)
 
@@ -75,21 +109,39 @@ def escaped(text):
     return "`".join(parts)
 
 
-def code(text): return f"`{text}`".replace("|", r"\|") if text else ""
+def code(text):
+    return f"`{text}`".replace("|", r"\|") if text else ""
 
 
 def table(node, source):
     "The docments of a function or class; nothing where no parameter has one."
     lines, text = source.splitlines(), lambda part: ast.unparse(part) if part else ""
-    rows = [(getattr(arg, "arg", None) or arg.target.id, text(arg.annotation), text(default),
-             docment(lines, default or arg)) for arg, default in arguments(node).items()]
-    if not any(row[3] for row in rows): return ""
+    rows = [
+        (
+            getattr(arg, "arg", None) or arg.target.id,
+            text(arg.annotation),
+            text(default),
+            docment(lines, default or arg),
+        )
+        for arg, default in arguments(node).items()
+    ]
+    if not any(row[3] for row in rows):
+        return ""
     if getattr(node, "returns", None):
         rows.append(("returns", text(node.returns), "", docment(lines, node.returns)))
-    rows = [(name if name == "returns" else code(name), code(kind), code(default), escaped(about))
-            for name, kind, default, about in rows]
+    rows = [
+        (
+            name if name == "returns" else code(name),
+            code(kind),
+            code(default),
+            escaped(about),
+        )
+        for name, kind, default, about in rows
+    ]
     heads = ("name", "type", "default", "meaning")
-    used = [i for i, column in enumerate(zip(*rows)) if any(column)]  # as nbdev: no empty column
+    used = [
+        i for i, column in enumerate(zip(*rows)) if any(column)
+    ]  # as nbdev: no empty column
     cells = [heads, ["---"] * 4, *rows]
     return "\n".join("| " + " | ".join(row[i] for i in used) + " |" for row in cells)
 
@@ -99,11 +151,26 @@ def entry(node, source, module, owner=""):
     kind = "class" if is_class(node) else "method" if owner else "function"
     decorators = {ast.unparse(d) for d in node.decorator_list}
     options = [f":module: {module}"]
-    if owner: options += [f":{d}:" for d in ("classmethod", "staticmethod") if d in decorators]
+    if owner:
+        options += [
+            f":{d}:" for d in ("classmethod", "staticmethod") if d in decorators
+        ]
     call = "" if "property" in decorators else f"({signature(node)})"
-    if call == "" and owner: kind = "property"
-    inside = [escaped(ast.get_docstring(node) or ""), table(node, source),
-              *(entry(m, source, module, node.name) for m in methods(node))]
+    if call == "" and owner:
+        kind = "property"
+    inside = [
+        escaped(ast.get_docstring(node) or ""),
+        table(node, source),
+        *(entry(m, source, module, node.name) for m in methods(node)),
+    ]
     fence = ":::" if owner else "::::"
     name = f"{owner}.{node.name}" if owner else node.name
-    return "\n".join([f"{fence}{{py:{kind}}} {name}{call}", *options, "", "\n\n".join(filter(None, inside)), fence])
+    return "\n".join(
+        [
+            f"{fence}{{py:{kind}}} {name}{call}",
+            *options,
+            "",
+            "\n\n".join(filter(None, inside)),
+            fence,
+        ]
+    )

@@ -2,6 +2,7 @@
 
 An odd argument is of the right type: no rows, another length, NaN, a number below 0, a name that is not there, a folder that is
 a file. Refused means `ValueError`, `TypeError`, `KeyError` or `OSError`; an error from deep inside, such as `IndexError`, is lost."""
+
 import functools
 import importlib
 import math
@@ -16,206 +17,483 @@ import torch
 from datasets import Dataset
 
 REFUSED = (ValueError, TypeError, KeyError, OSError)
-FROM_TORCH = ("size of tensor", "shapes cannot be", "Expected size", "evice string", "out of bounds for dimension")  # clear as they are
+FROM_TORCH = (
+    "size of tensor",
+    "shapes cannot be",
+    "Expected size",
+    "evice string",
+    "out of bounds for dimension",
+)  # clear as they are
 MEANT = {  # number or text → why a function takes it
-    ("won_back", "repaired"): "any two accuracies have a ratio", ("won_back", "start"): "likewise", ("won_back", "dense"): "likewise",
-    ("max_shard_size",): "infinity is one file", ("seed",): "a generator takes any", ("ria", "power"): "a power may be negative",
-    ("solve", "low"): "any bracket", ("solve", "high"): "any bracket", ("solve", "want"): "its nearest end is the answer",
+    ("won_back", "repaired"): "any two accuracies have a ratio",
+    ("won_back", "start"): "likewise",
+    ("won_back", "dense"): "likewise",
+    ("max_shard_size",): "infinity is one file",
+    ("seed",): "a generator takes any",
+    ("ria", "power"): "a power may be negative",
+    ("solve", "low"): "any bracket",
+    ("solve", "high"): "any bracket",
+    ("solve", "want"): "its nearest end is the answer",
     ("slope", "step"): "backwards is the same slope, and NaN is seen",
-    ("cheapest_first", "most"): "no step may be taken", ("split_rows", "n"): "no tensor has so few rows", ("pieces_of", "n"): "likewise",
-    ("cheapest_first", "want"): "none, or as many as there are", ("row_of", "number"): "counted from the end, as in a list",
-    ("per_layer", "setting"): "ranks too", ("as_target", "value"): "checked where a weight is", ("split_rows", "start"): "as a slice",
-    ("split_rows", "end"): "as a slice", ("title",): "a text", ("question",): "a text", ("answer",): "a text", ("text",): "a text",
-    ("said",): "a text", ("last_whole_checkpoint", "folder"): "there is none", ("open_out", "out"): "is made", ("repair", "folder"): "is made",
-    ("save_sparse", "folder"): "is made", ("pack", "folder"): "is made", ("unpack", "folder"): "is made", ("save_whole", "folder"): "is made",
-    ("write_json", "path"): "is made, or replaced when whole", ("cache_targets", "file"): "is made"}
+    ("cheapest_first", "most"): "no step may be taken",
+    ("split_rows", "n"): "no tensor has so few rows",
+    ("pieces_of", "n"): "likewise",
+    ("cheapest_first", "want"): "none, or as many as there are",
+    ("row_of", "number"): "counted from the end, as in a list",
+    ("per_layer", "setting"): "ranks too",
+    ("as_target", "value"): "checked where a weight is",
+    ("split_rows", "start"): "as a slice",
+    ("split_rows", "end"): "as a slice",
+    ("title",): "a text",
+    ("question",): "a text",
+    ("answer",): "a text",
+    ("text",): "a text",
+    ("said",): "a text",
+    ("last_whole_checkpoint", "folder"): "there is none",
+    ("open_out", "out"): "is made",
+    ("repair", "folder"): "is made",
+    ("save_sparse", "folder"): "is made",
+    ("pack", "folder"): "is made",
+    ("unpack", "folder"): "is made",
+    ("save_whole", "folder"): "is made",
+    ("write_json", "path"): "is made, or replaced when whole",
+    ("cache_targets", "file"): "is made",
+}
 LEFT_OUT = {  # name → why
-    "pretrain_vision": "trains for minutes", "train_answers": "trains for minutes", "train_bundled": "trains for minutes",
-    "training_rows": "no argument, all rows", "bench": "encodes all questions", "Bench": "what bench returns",
-    "run_repair": "the command, see wrong_commands", "run_evaluate": "the command", "run_prune": "the command",
-    "run_pack": "the command", "run_unpack": "the command", "walk": "the command", "main": "the command", "parse": "the command",
-    "settings_of": "the command", "RessaArguments": "see wrong_calls and transformers", "SparseLoraModel": "made by PEFT",
-    "SparseLoraLinear": "made by PEFT", "QuietProgress": "made by the trainer", "new_bundled": "a seed is all it takes",
-    "pruned_model": "a run of minutes", "repair_run": "a run of minutes", "load_model": "see test_hub_data", "load_data": "see test_hub_data",
-    "house_rows": "see test_hub_data", "embed": "needs towers, see test_metrics", "retrieval": "needs towers, see test_metrics",
-    "metric_of": "reads names of columns", "references_of": "reads names of columns", "Staged": "see test_allocation",
-    "draw": "see test_allocation", "search": "see test_allocation", "SelfTeacher": "see test_distillation",
-    **dict.fromkeys(("advice", "prompt_writer", "model_batch"), "see test_hub_data"), "accelerate_24": "needs a CUDA device, see test_storage",
-    **dict.fromkeys(("before_first_call", "in_pieces", "one_look_per_image"), "context managers, see test_prune and test_allocation"),
-    **dict.fromkeys(("bundled_config", "easy_vqa_processor", "signed_distances"), "how the bundled model was made"),
-    "collate_targets": "given rows by the trainer, see test_distillation", "deduce": "one call on a published file",
-    **dict.fromkeys(("draw_accuracy", "draw_training", "html_report", "summary_rows", "verdict", "plain_row", "measure"),
-                    "given results of the command, see test_cli"),
-    **dict.fromkeys(("draw_mask", "draw_surface", "sensitivity"), "see test_allocation"), "peak_memory_mb": "no argument",
-    **dict.fromkeys(("explorer", "small_multiples", "image_tag"), "see test_explore and test_cli"),
-    **dict.fromkeys(("exact", "lmms_command"), "see wrong_calls"), "run_study": "see test_studies"}
+    "pretrain_vision": "trains for minutes",
+    "train_answers": "trains for minutes",
+    "train_bundled": "trains for minutes",
+    "training_rows": "no argument, all rows",
+    "bench": "encodes all questions",
+    "Bench": "what bench returns",
+    "run_repair": "the command, see wrong_commands",
+    "run_evaluate": "the command",
+    "run_prune": "the command",
+    "run_pack": "the command",
+    "run_unpack": "the command",
+    "walk": "the command",
+    "main": "the command",
+    "parse": "the command",
+    "settings_of": "the command",
+    "RessaArguments": "see wrong_calls and transformers",
+    "SparseLoraModel": "made by PEFT",
+    "SparseLoraLinear": "made by PEFT",
+    "QuietProgress": "made by the trainer",
+    "new_bundled": "a seed is all it takes",
+    "pruned_model": "a run of minutes",
+    "repair_run": "a run of minutes",
+    "load_model": "see test_hub_data",
+    "load_data": "see test_hub_data",
+    "house_rows": "see test_hub_data",
+    "embed": "needs towers, see test_metrics",
+    "retrieval": "needs towers, see test_metrics",
+    "metric_of": "reads names of columns",
+    "references_of": "reads names of columns",
+    "Staged": "see test_allocation",
+    "draw": "see test_allocation",
+    "search": "see test_allocation",
+    "SelfTeacher": "see test_distillation",
+    **dict.fromkeys(("advice", "prompt_writer", "model_batch"), "see test_hub_data"),
+    "accelerate_24": "needs a CUDA device, see test_storage",
+    **dict.fromkeys(
+        ("before_first_call", "in_pieces", "one_look_per_image"),
+        "context managers, see test_prune and test_allocation",
+    ),
+    **dict.fromkeys(
+        ("bundled_config", "easy_vqa_processor", "signed_distances"),
+        "how the bundled model was made",
+    ),
+    "collate_targets": "given rows by the trainer, see test_distillation",
+    "deduce": "one call on a published file",
+    **dict.fromkeys(
+        (
+            "draw_accuracy",
+            "draw_training",
+            "html_report",
+            "summary_rows",
+            "verdict",
+            "plain_row",
+            "measure",
+        ),
+        "given results of the command, see test_cli",
+    ),
+    **dict.fromkeys(
+        ("draw_mask", "draw_surface", "sensitivity"), "see test_allocation"
+    ),
+    "peak_memory_mb": "no argument",
+    **dict.fromkeys(
+        ("explorer", "small_multiples", "image_tag"), "see test_explore and test_cli"
+    ),
+    **dict.fromkeys(("exact", "lmms_command"), "see wrong_calls"),
+    "run_study": "see test_studies",
+}
 
 
 @functools.cache
 def house():
-    from ressa.bundled import load_bundled
-    from ressa.data import load_easy_vqa
+    from ressa.data.easy_vqa import load_easy_vqa
+    from ressa.models.bundled import load_bundled
+
     model, processor = load_bundled("cpu")
     return model, processor, load_easy_vqa("test").select(range(8))
 
 
 def fresh():
     import copy
+
     return copy.deepcopy(house()[0])
 
 
 @functools.cache
 def a_batch():
-    from ressa.data import collate
+    from ressa.data.collate import collate
+
     return collate([house()[2][i] for i in range(4)], house()[1])
 
 
 def right_calls(folder):
     "Name of a public function → arguments with which it works; callables are made anew for each call."
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from ressa.distillation import ModelTeacher, Targets
-    from ressa.evaluation import Evaluation
-    from ressa.modality import modality_map
-    from ressa.packing import pack_tensor
-    from ressa.prune import LayerReport, PruneReport, method_of
-    from ressa.scores import Statistics
-    from ressa.storage import save_sparse
+
+    from ressa.adaptation.distillation import Targets
+    from ressa.adaptation.teachers import ModelTeacher
+    from ressa.checkpoints.packing import pack_tensor
+    from ressa.checkpoints.sparse import save_sparse
+    from ressa.evaluation.answers import Evaluation
+    from ressa.parts import modality_map
+    from ressa.pruning.methods import method_of
+    from ressa.pruning.report import LayerReport, PruneReport
+    from ressa.pruning.statistics import Statistics
+
     torch.manual_seed(0)
     model, processor, rows = house()
     batch, mmap = a_batch(), modality_map(model)
     layers = dict(list(mmap.layers.items())[:3])
     weight, x = torch.randn(4, 8), torch.randn(12, 8)
-    stats, logits, labels = Statistics.of(x), torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    stats, logits, labels = (
+        Statistics.of(x),
+        torch.randn(2, 5, 7),
+        torch.randint(7, (2, 5)),
+    )
     packed, plain = folder / "packed", folder / "plain"
     if not packed.exists():
         save_sparse(model, packed, processor)
-        from ressa.studies import save_whole
+        from ressa.files import save_whole
+
         save_whole(model, processor, plain)
     sizes = {"a": (4, 8), "b": (8, 16)}
     ones = dict(a=1.0, b=2.0)
     report = PruneReport([LayerReport("a", "vision", (4, 8), 0.5, 0.5, 0.1, 12, 0.1)])
-    results = {row: dict(accuracy=0.5 + 0.1 * i, low=0.4, high=0.9, captions=0.5, cider=1.0, by_type={"a": 0.5}, questions=8)
-               for i, row in enumerate(("blind", "pruned", "plain_lora", "repaired", "dense"))}
+    results = {
+        row: dict(
+            accuracy=0.5 + 0.1 * i,
+            low=0.4,
+            high=0.9,
+            captions=0.5,
+            cider=1.0,
+            by_type={"a": 0.5},
+            questions=8,
+        )
+        for i, row in enumerate(("blind", "pruned", "plain_lora", "repaired", "dense"))
+    }
     new = lambda name: folder / f"{name}{np.random.randint(10**9)}"
     return dict(
-        select=dict(score=weight.abs(), sparsity=0.5), apply_mask=dict(weight=weight, mask=weight > 0), parse_pattern=dict(pattern="2:4"),
-        sparsity_of=dict(weight=weight), has_pattern=dict(weight=weight, pattern="2:4"),
+        select=dict(score=weight.abs(), sparsity=0.5),
+        apply_mask=dict(weight=weight, mask=weight > 0),
+        parse_pattern=dict(pattern="2:4"),
+        sparsity_of=dict(weight=weight),
+        has_pattern=dict(weight=weight, pattern="2:4"),
         reconstruction_error=dict(x=x, weight=weight, pruned=weight * 0.5),
         masked_weight=dict(weight=weight, A=torch.randn(2, 8), B=torch.randn(4, 2)),
-        zeros_of=dict(target=0.5, shape=(4, 8)), achieved=dict(allocation=dict(a=0.5, b=0.5), shapes=sizes),
-        steps_of=dict(shapes=sizes, max_sparsity=1.0), solve=dict(rising=lambda: lambda t: t, want=0.5, low=0.0, high=1.0),
-        as_share=dict(count=4, width=8), shapes_of=dict(model=model), uniform=dict(model=model, sparsity=0.5),
-        account=dict(allocation={name: 0.5 for name in layers}, model=model), by_modality=dict(model=model, vision=0.5, language=0.5),
-        meet_budget=dict(wishes={n: 0.5 for n in mmap.layers}, model=model, sparsity=0.5),
-        outlier_share=dict(weights=[weight], stats=[stats], factor=5.0), dense_statistics=dict(model=model, batch=batch),
-        grouped=dict(model=model, names=list(layers), by="block"), owl=dict(model=model, batch=batch, sparsity=0.5, factor=5.0, spread=0.08),
-        slope=dict(loss=lambda: lambda: float(weight.sum()), weights=[weight], generator=lambda: torch.Generator().manual_seed(0), step=1e-3),
-        in_proportion=dict(worth=ones, sizes=dict(a=32, b=128), sparsity=0.5, max_sparsity=0.9),
-        ecoflap=dict(model=fresh, batch=batch, sparsity=0.5, pieces=2, step=1e-3), loss_of=dict(model=model, batch=batch),
-        cheapest_first=dict(loss=lambda: lambda counts: sum(counts.values()), sizes=dict(a=4, b=4), counts=dict(a=0, b=0), want=4.0, most=4),
-        before_language=dict(model=model, batch=batch), language_with_head=dict(model=model), Trials=dict(model=model, batch=batch, method="wanda"),
-        allocation_named=dict(name="uniform", model=model, batch=batch, sparsity=0.5), anatomy=dict(model=model),
-        read_layers=dict(model=model, batch=batch, layers=layers), looks_ahead=dict(model=model, batch=batch),
+        zeros_of=dict(target=0.5, shape=(4, 8)),
+        achieved=dict(allocation=dict(a=0.5, b=0.5), shapes=sizes),
+        steps_of=dict(shapes=sizes, max_sparsity=1.0),
+        solve=dict(rising=lambda: lambda t: t, want=0.5, low=0.0, high=1.0),
+        as_share=dict(count=4, width=8),
+        shapes_of=dict(model=model),
+        uniform=dict(model=model, sparsity=0.5),
+        account=dict(allocation={name: 0.5 for name in layers}, model=model),
+        by_modality=dict(model=model, vision=0.5, language=0.5),
+        meet_budget=dict(
+            wishes={n: 0.5 for n in mmap.layers}, model=model, sparsity=0.5
+        ),
+        outlier_share=dict(weights=[weight], stats=[stats], factor=5.0),
+        dense_statistics=dict(model=model, batch=batch),
+        grouped=dict(model=model, names=list(layers), by="block"),
+        owl=dict(model=model, batch=batch, sparsity=0.5, factor=5.0, spread=0.08),
+        slope=dict(
+            loss=lambda: lambda: float(weight.sum()),
+            weights=[weight],
+            generator=lambda: torch.Generator().manual_seed(0),
+            step=1e-3,
+        ),
+        in_proportion=dict(
+            worth=ones, sizes=dict(a=32, b=128), sparsity=0.5, max_sparsity=0.9
+        ),
+        ecoflap=dict(model=fresh, batch=batch, sparsity=0.5, pieces=2, step=1e-3),
+        loss_of=dict(model=model, batch=batch),
+        cheapest_first=dict(
+            loss=lambda: lambda counts: sum(counts.values()),
+            sizes=dict(a=4, b=4),
+            counts=dict(a=0, b=0),
+            want=4.0,
+            most=4,
+        ),
+        before_language=dict(model=model, batch=batch),
+        language_with_head=dict(model=model),
+        Trials=dict(model=model, batch=batch, method="wanda"),
+        allocation_named=dict(name="uniform", model=model, batch=batch, sparsity=0.5),
+        anatomy=dict(model=model),
+        read_layers=dict(model=model, batch=batch, layers=layers),
+        looks_ahead=dict(model=model, batch=batch),
         fates=dict(dense=[1, 1, 0], pruned=[0, 1, 0], repaired=[1, 0, 1]),
-        draw_answers=dict(row=rows[0], answers=dict(dense="red", pruned="blue"), title="t"),
+        draw_answers=dict(
+            row=rows[0], answers=dict(dense="red", pruned="blue"), title="t"
+        ),
         row_of=dict(fate=np.array(["kept", "lost", "kept"]), wanted="lost", number=0),
-        grey_images=dict(batch=batch), noise_images=dict(batch=batch), open_out=dict(out=lambda: new("out"), settings=dict(seed=0)),
-        part_sparsity=dict(model=model), question_type=dict(question="what color is it?", answer="red"),
-        load_easy_vqa=dict(split="test", task="vqa"), word_tokenizer=dict(texts=["a red circle"]),
-        collate=dict(rows=[rows[0], rows[1]], processor=processor), calibration_batch=dict(data=rows, processor=processor, n=4, seed=0),
-        pick_device=dict(device="cpu"), to_device=dict(batch=batch, device="cpu"), cost_of=dict(work=lambda: lambda: 1, device=torch.device("cpu")),
-        answer_logits=dict(logits=logits, labels=labels), top_targets=dict(logits=logits[0], k=3), kl_sum=dict(z=logits[0], values=logits[1]),
+        grey_images=dict(batch=batch),
+        noise_images=dict(batch=batch),
+        open_out=dict(out=lambda: new("out"), settings=dict(seed=0)),
+        part_sparsity=dict(model=model),
+        question_type=dict(question="what color is it?", answer="red"),
+        load_easy_vqa=dict(split="test", task="vqa"),
+        word_tokenizer=dict(texts=["a red circle"]),
+        collate=dict(rows=[rows[0], rows[1]], processor=processor),
+        calibration_batch=dict(data=rows, processor=processor, n=4, seed=0),
+        pick_device=dict(device="cpu"),
+        to_device=dict(batch=batch, device="cpu"),
+        cost_of=dict(work=lambda: lambda: 1, device=torch.device("cpu")),
+        answer_logits=dict(logits=logits, labels=labels),
+        top_targets=dict(logits=logits[0], k=3),
+        kl_sum=dict(z=logits[0], values=logits[1]),
         in_chunks=dict(f=lambda: lambda z, *_: z.sum(), z=logits[0], size=2),
-        loss_terms=dict(student_logits=logits, teacher=logits + 1, labels=labels, temperature=1.0, positions="answer"),
-        distillation_loss=dict(student_logits=logits, teacher=logits + 1, labels=labels, weight=0.5, temperature=1.0),
-        model_inputs=dict(batch=batch), ModelTeacher=dict(model=model),
-        cache_targets=dict(data=rows, teacher=model, processor=processor, file=lambda: new("targets.arrow").with_suffix(".arrow"), k=4, temperature=1.0, batch_size=4),
+        loss_terms=dict(
+            student_logits=logits,
+            teacher=logits + 1,
+            labels=labels,
+            temperature=1.0,
+            positions="answer",
+        ),
+        distillation_loss=dict(
+            student_logits=logits,
+            teacher=logits + 1,
+            labels=labels,
+            weight=0.5,
+            temperature=1.0,
+        ),
+        model_inputs=dict(batch=batch),
+        ModelTeacher=dict(model=model),
+        cache_targets=dict(
+            data=rows,
+            teacher=model,
+            processor=processor,
+            file=lambda: new("targets.arrow").with_suffix(".arrow"),
+            k=4,
+            temperature=1.0,
+            batch_size=4,
+        ),
         without_prompt=dict(ids=torch.arange(6)[None], prompt=torch.arange(3)[None]),
-        answer=dict(model=model, data=rows, processor=processor, batch_size=4, max_new_tokens=3, progress=False),
-        evaluate=dict(model=model, data=rows, processor=processor, batch_size=4, progress=False),
-        interval=dict(values=[0.0, 1.0, 1.0], draws=10, level=0.95), cider=dict(predictions=["a red circle"], references=["a red circle"]),
-        exact_match=dict(model=model, batches=[batch]), blind=dict(train=rows[:], test=rows[:]), won_back=dict(repaired=0.5, start=0.2, dense=0.9),
-        png=dict(figure=lambda: plt.figure(figsize=(1, 1))), control=dict(choice=(0.0, 1.0), start=0.5),
-        training_bytes=dict(model=model), kept_bytes=dict(function=lambda: lambda: weight.clone().requires_grad_().exp(), model=None),
-        find_columns=dict(names=["image", "question", "answer"]), as_texts=dict(value=["a", "b"]), has_towers=dict(model=model), is_causal=dict(model=model),
-        agreement=dict(c=2, n=3), normalise_answer=dict(text="A Dog."), vqa_accuracy=dict(said="red", people=["red", "blue"]),
-        score=dict(answers=[row["answer"] for row in rows], data=rows), recall_at=dict(similarity=torch.randn(2, 4), image_of=[0, 0, 1, 1], ks=(1, 5)),
-        part_roots=dict(model=model), modality_map=dict(model=model), per_layer=dict(setting=0.5, mmap=mmap),
-        packed_bytes=dict(how="bitmask", n=64, kept=32, size=2), bits_of=dict(tensor=weight), pack_tensor=dict(tensor=weight),
-        unpack_tensor=dict(packed=pack_tensor(weight), dtype=torch.float32, shape=(4, 8)),
-        measured_gain=dict(weight=weight, convert=lambda: torch.clone, tokens=2, rounds=2),
-        shared_inputs=dict(model=model, batch=batch, layers=layers), number_of_rows=dict(batch=batch), split_rows=dict(value=x, n=12, start=0, end=4),
-        blocks_of=dict(model=model, names=list(layers)), join_rows=dict(pieces=[x, x]), pieces_of=dict(args=(x,), kwargs={}, n=12, size=4),
-        inputs_of=dict(layers=layers, forward=lambda: model.forward, args=(), kwargs=batch), take_rows=dict(value=x, rows=torch.tensor([1, 0])),
-        as_target=dict(value=0.5), method_of=dict(method="wanda"), targets=dict(mmap=mmap, sparsity=0.5),
-        estimated_error=dict(dense=weight, pruned=weight * 0.5, stats=stats), unusable=dict(stats=stats),
-        prune_alike=dict(weights=[weight], stats=stats, target=0.5, method=method_of("wanda")),
-        prune_layers=dict(model=fresh, batch=batch, layers=lambda: {}, chosen={}), prune=dict(model=fresh, batch=batch, method="wanda", sparsity=0.5, progress=False),
-        plot_report=dict(report=report), zero_masks=dict(model=model), remask=dict(model=fresh, masks=lambda: {}), zeros_filled=dict(masks=lambda: {}, model=model),
-        adapt=dict(model=fresh, adapter="sparselora", r=4, lora_alpha=16), peft_targets=dict(model=model, r=4), trainable_weights=dict(model=fresh),
-        repair=dict(model=fresh, teacher=model, train_dataset=rows, processor=processor, folder=lambda: new("run"), steps=1, batch_size=2, learning_rate=1e-3),
-        html_table=dict(head=["a"], rows=[["1"]]), won_back_shares=dict(results=results),
-        inverse_factor=dict(stats=stats, damp=0.01), sparse_lora_linear=dict(x=x, weight=weight, bias=None, A=torch.randn(2, 8), B=torch.randn(4, 2)),
-        wanda=dict(weight=weight, stats=stats, sparsity=0.5), magnitude=dict(weight=weight, sparsity=0.5), ria=dict(weight=weight, stats=stats, sparsity=0.5, power=0.5),
-        sparsegpt=dict(weight=weight, stats=stats, sparsity=0.5), dsnot=dict(weight=weight, stats=stats, sparsity=0.5, max_cycles=5),
-        packed_tensors=dict(folder=packed), save_sparse=dict(model=model, folder=lambda: new("saved"), max_shard_size=1e6), load_sparse=dict(folder=packed),
-        ordinary_tensors=dict(folder=plain), pack=dict(source=plain, folder=lambda: new("pack"), max_shard_size=1e6),
+        answer=dict(
+            model=model,
+            data=rows,
+            processor=processor,
+            batch_size=4,
+            max_new_tokens=3,
+            progress=False,
+        ),
+        evaluate=dict(
+            model=model, data=rows, processor=processor, batch_size=4, progress=False
+        ),
+        interval=dict(values=[0.0, 1.0, 1.0], draws=10, level=0.95),
+        cider=dict(predictions=["a red circle"], references=["a red circle"]),
+        exact_match=dict(model=model, batches=[batch]),
+        blind=dict(train=rows[:], test=rows[:]),
+        won_back=dict(repaired=0.5, start=0.2, dense=0.9),
+        png=dict(figure=lambda: plt.figure(figsize=(1, 1))),
+        control=dict(choice=(0.0, 1.0), start=0.5),
+        training_bytes=dict(model=model),
+        kept_bytes=dict(
+            function=lambda: lambda: weight.clone().requires_grad_().exp(), model=None
+        ),
+        find_columns=dict(names=["image", "question", "answer"]),
+        as_texts=dict(value=["a", "b"]),
+        has_towers=dict(model=model),
+        is_causal=dict(model=model),
+        agreement=dict(c=2, n=3),
+        normalise_answer=dict(text="A Dog."),
+        vqa_accuracy=dict(said="red", people=["red", "blue"]),
+        score=dict(answers=[row["answer"] for row in rows], data=rows),
+        recall_at=dict(similarity=torch.randn(2, 4), image_of=[0, 0, 1, 1], ks=(1, 5)),
+        part_roots=dict(model=model),
+        modality_map=dict(model=model),
+        per_layer=dict(setting=0.5, mmap=mmap),
+        packed_bytes=dict(how="bitmask", n=64, kept=32, size=2),
+        bits_of=dict(tensor=weight),
+        pack_tensor=dict(tensor=weight),
+        unpack_tensor=dict(
+            packed=pack_tensor(weight), dtype=torch.float32, shape=(4, 8)
+        ),
+        measured_gain=dict(
+            weight=weight, convert=lambda: torch.clone, tokens=2, rounds=2
+        ),
+        shared_inputs=dict(model=model, batch=batch, layers=layers),
+        number_of_rows=dict(batch=batch),
+        split_rows=dict(value=x, n=12, start=0, end=4),
+        blocks_of=dict(model=model, names=list(layers)),
+        join_rows=dict(pieces=[x, x]),
+        pieces_of=dict(args=(x,), kwargs={}, n=12, size=4),
+        inputs_of=dict(
+            layers=layers, forward=lambda: model.forward, args=(), kwargs=batch
+        ),
+        take_rows=dict(value=x, rows=torch.tensor([1, 0])),
+        as_target=dict(value=0.5),
+        method_of=dict(method="wanda"),
+        targets=dict(mmap=mmap, sparsity=0.5),
+        estimated_error=dict(dense=weight, pruned=weight * 0.5, stats=stats),
+        unusable=dict(stats=stats),
+        prune_alike=dict(
+            weights=[weight], stats=stats, target=0.5, method=method_of("wanda")
+        ),
+        prune_layers=dict(model=fresh, batch=batch, layers=lambda: {}, chosen={}),
+        prune=dict(
+            model=fresh, batch=batch, method="wanda", sparsity=0.5, progress=False
+        ),
+        plot_report=dict(report=report),
+        zero_masks=dict(model=model),
+        remask=dict(model=fresh, masks=lambda: {}),
+        zeros_filled=dict(masks=lambda: {}, model=model),
+        adapt=dict(model=fresh, adapter="sparselora", r=4, lora_alpha=16),
+        peft_targets=dict(model=model, r=4),
+        trainable_weights=dict(model=fresh),
+        repair=dict(
+            model=fresh,
+            teacher=model,
+            train_dataset=rows,
+            processor=processor,
+            folder=lambda: new("run"),
+            steps=1,
+            batch_size=2,
+            learning_rate=1e-3,
+        ),
+        html_table=dict(head=["a"], rows=[["1"]]),
+        won_back_shares=dict(results=results),
+        inverse_factor=dict(stats=stats, damp=0.01),
+        sparse_lora_linear=dict(
+            x=x, weight=weight, bias=None, A=torch.randn(2, 8), B=torch.randn(4, 2)
+        ),
+        wanda=dict(weight=weight, stats=stats, sparsity=0.5),
+        magnitude=dict(weight=weight, sparsity=0.5),
+        ria=dict(weight=weight, stats=stats, sparsity=0.5, power=0.5),
+        sparsegpt=dict(weight=weight, stats=stats, sparsity=0.5),
+        dsnot=dict(weight=weight, stats=stats, sparsity=0.5, max_cycles=5),
+        packed_tensors=dict(folder=packed),
+        save_sparse=dict(model=model, folder=lambda: new("saved"), max_shard_size=1e6),
+        load_sparse=dict(folder=packed),
+        ordinary_tensors=dict(folder=plain),
+        pack=dict(source=plain, folder=lambda: new("pack"), max_shard_size=1e6),
         unpack=dict(source=packed, folder=lambda: new("unpack"), max_shard_size=1e6),
-        pack_right=dict(right=np.array([1.0, 0.0, 1.0])), unpack_right=dict(text="oA==", n=3), write_json=dict(path=lambda: new("x.json"), data={}),
-        wilson=dict(right=[1, 0, 1], z=1.96), read_json=dict(path=lambda: packed / "config.json"),
+        pack_right=dict(right=np.array([1.0, 0.0, 1.0])),
+        unpack_right=dict(text="oA==", n=3),
+        write_json=dict(path=lambda: new("x.json"), data={}),
+        wilson=dict(right=[1, 0, 1], z=1.96),
+        read_json=dict(path=lambda: packed / "config.json"),
         save_whole=dict(model=model, processor=processor, folder=lambda: new("whole")),
-        draw_shapes=dict(n=2, generator=lambda: torch.Generator().manual_seed(0), size=64), mirror=dict(batch=batch, share=0.5),
-        last_whole_checkpoint=dict(folder=folder), load_bundled=dict(device="cpu"), redrawn=dict(x=np.ones((2, 4)), draws=3),
-        won_interval=dict(repaired=np.ones((2, 4)) * 0.8, start=np.zeros((2, 4)), dense=np.ones(4)),
-        chosen_rows=dict(kind="true answers", pairs=4), rows_of=dict(kind="true answers"))
+        draw_shapes=dict(
+            n=2, generator=lambda: torch.Generator().manual_seed(0), size=64
+        ),
+        mirror=dict(batch=batch, share=0.5),
+        last_whole_checkpoint=dict(folder=folder),
+        load_bundled=dict(device="cpu"),
+        redrawn=dict(x=np.ones((2, 4)), draws=3),
+        won_interval=dict(
+            repaired=np.ones((2, 4)) * 0.8, start=np.zeros((2, 4)), dense=np.ones(4)
+        ),
+        chosen_rows=dict(kind="true answers", pairs=4),
+        rows_of=dict(kind="true answers"),
+    )
 
 
 def odd(value, folder):
     "What an argument might be instead, of the same type; paths stay inside `folder`."
-    if isinstance(value, bool) or value is None: return []
-    if isinstance(value, int): return [-1, 0]
-    if isinstance(value, float): return [math.nan, math.inf, -1.0]
-    if isinstance(value, str): return ["no such", ""]
+    if isinstance(value, bool) or value is None:
+        return []
+    if isinstance(value, int):
+        return [-1, 0]
+    if isinstance(value, float):
+        return [math.nan, math.inf, -1.0]
+    if isinstance(value, str):
+        return ["no such", ""]
     if isinstance(value, Path):
         (folder / "a file").write_text("precious")
         return [folder / "a file", folder / "precious"]
     if isinstance(value, torch.Tensor) and value.ndim:
-        return [value[:0], value[..., :-1], value[None, None], *([torch.full_like(value, math.nan)] if value.is_floating_point() else [])]
-    if isinstance(value, np.ndarray): return [value[:0], value[:-1]]
-    if isinstance(value, Dataset): return [value.select([]), value.remove_columns(["image"])]
-    if isinstance(value, tuple) and hasattr(value, "_fields"): return []
-    if isinstance(value, (list, tuple)): return [type(value)()] if value else []
-    if isinstance(value, dict): return [{}, *([{k: v for k, v in list(value.items())[1:]}] if len(value) > 1 else [])]
+        return [
+            value[:0],
+            value[..., :-1],
+            value[None, None],
+            *([torch.full_like(value, math.nan)] if value.is_floating_point() else []),
+        ]
+    if isinstance(value, np.ndarray):
+        return [value[:0], value[:-1]]
+    if isinstance(value, Dataset):
+        return [value.select([]), value.remove_columns(["image"])]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return []
+    if isinstance(value, (list, tuple)):
+        return [type(value)()] if value else []
+    if isinstance(value, dict):
+        return [
+            {},
+            *([{k: v for k, v in list(value.items())[1:]}] if len(value) > 1 else []),
+        ]
     return []
 
 
 def made(arguments):
-    return {name: value() if isinstance(value, types.FunctionType) else value for name, value in arguments.items()}
+    return {
+        name: value() if isinstance(value, types.FunctionType) else value
+        for name, value in arguments.items()
+    }
 
 
 def told(value):
     shaped = isinstance(value, (torch.Tensor, np.ndarray))
-    return f"tensor {tuple(value.shape)}" if shaped else f"{type(value).__name__} {str(value)[-30:]}"
+    return (
+        f"tensor {tuple(value.shape)}"
+        if shaped
+        else f"{type(value).__name__} {str(value)[-30:]}"
+    )
 
 
 def outcome(call):
     "'accepted', 'refused', or 'lost' with an error nobody would understand."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: result = call()
-        except REFUSED as error: return ("refused" if str(error) else "lost"), f"{type(error).__name__}: {str(error)[:140]}"
+        try:
+            result = call()
+        except REFUSED as error:
+            return (
+                "refused" if str(error) else "lost"
+            ), f"{type(error).__name__}: {str(error)[:140]}"
         except Exception as error:
             clear = any(words in str(error) for words in FROM_TORCH)
-            return ("refused" if clear else "lost"), f"{type(error).__name__}: {str(error)[:140]}"
+            return (
+                "refused" if clear else "lost"
+            ), f"{type(error).__name__}: {str(error)[:140]}"
     return "accepted", told(result)
 
 
 def judged(name, argument, instead, found):
     "Nothing in, nothing out, and NaN in a tensor is NaN seen: accepted. A number, a text or a path that means nothing: lost."
-    if found != "accepted" or {(name, argument), (argument,)} & MEANT.keys(): return found
-    if isinstance(instead, (int, float)) and not (isinstance(instead, int) and instead == 0): return "lost"
+    if found != "accepted" or {(name, argument), (argument,)} & MEANT.keys():
+        return found
+    if isinstance(instead, (int, float)) and not (
+        isinstance(instead, int) and instead == 0
+    ):
+        return "lost"
     return "lost" if isinstance(instead, (str, Path)) else found
 
 
@@ -223,36 +501,77 @@ def public():
     "Name → function, of all modules; without the checks of exercises."
     found = {}
     for path in sorted((Path(__file__).parents[2] / "ressa").glob("*.py")):
-        if path.stem.startswith("_") or path.stem == "all": continue
+        if path.stem.startswith("_") or path.stem == "all":
+            continue
         module = importlib.import_module(f"ressa.{path.stem}")
-        found |= {name: getattr(module, name) for name in module.__all__ if callable(getattr(module, name))}
-    return {name: function for name, function in found.items() if not name.startswith("check_")}
+        found |= {
+            name: getattr(module, name)
+            for name in module.__all__
+            if callable(getattr(module, name))
+        }
+    return {
+        name: function
+        for name, function in found.items()
+        if not name.startswith("check_")
+    }
 
 
 def trials(folder, quick=False):
     "(function, argument, odd value, outcome, what was said), every odd argument of every public function; `quick`: without a model."
     functions, calls = public(), right_calls(folder)
     for name, arguments in calls.items():
-        if quick and any(value is fresh or value is house()[0] for value in arguments.values()): continue
+        if quick and any(
+            value is fresh or value is house()[0] for value in arguments.values()
+        ):
+            continue
         found, said = outcome(lambda: functions[name](**made(arguments)))
-        yield name, "", "as it should be", "lost" if found != "accepted" else found, said
+        yield (
+            name,
+            "",
+            "as it should be",
+            "lost" if found != "accepted" else found,
+            said,
+        )
         for argument, value in made(arguments).items():
             for instead in odd(value, folder):
-                found, said = outcome(lambda: functions[name](**{**made(arguments), argument: instead}))
-                yield name, argument, told(instead), judged(name, argument, instead, found), said
-                if isinstance(value, Path) and name != "write_json" and (folder / "a file").read_text() != "precious":
-                    yield name, argument, "a file", "lost", "the file is no more what it was"
+                found, said = outcome(
+                    lambda: functions[name](**{**made(arguments), argument: instead})
+                )
+                yield (
+                    name,
+                    argument,
+                    told(instead),
+                    judged(name, argument, instead, found),
+                    said,
+                )
+                if (
+                    isinstance(value, Path)
+                    and name != "write_json"
+                    and (folder / "a file").read_text() != "precious"
+                ):
+                    yield (
+                        name,
+                        argument,
+                        "a file",
+                        "lost",
+                        "the file is no more what it was",
+                    )
 
 
 def missing(folder):
     "Public functions that are neither tried nor left out for a reason, and names that are no function any more."
     calls = right_calls(folder).keys() | LEFT_OUT.keys()
-    objects = {name for name, function in public().items() if isinstance(function, type)}
-    return sorted(public().keys() - objects - calls), sorted(right_calls(folder).keys() - public().keys())
+    objects = {
+        name for name, function in public().items() if isinstance(function, type)
+    }
+    return sorted(public().keys() - objects - calls), sorted(
+        right_calls(folder).keys() - public().keys()
+    )
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         for row in trials(Path(place), quick="--quick" in sys.argv):
-            if row[3] == "lost" or "--all" in sys.argv: print(row, flush=True)
+            if row[3] == "lost" or "--all" in sys.argv:
+                print(row, flush=True)
         print(missing(Path(place)))

@@ -238,7 +238,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(
         cli,
-        "save_whole",
+        "save_model",
         lambda *a: (_ for _ in ()).throw(
             OSError(errno.ENOSPC, "No space left on device")
         ),

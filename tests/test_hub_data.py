@@ -10,7 +10,7 @@ from tiny_models import picture
 from ressa import hub_data
 from ressa.data.collate import collate
 from ressa.data.easy_vqa import easy_vqa_processor
-from ressa.data.hub import advice, find_columns, house_rows, load_data, prompt_writer
+from ressa.data.hub import advice, find_columns, standard_rows, load_data, prompt_writer
 from ressa.models.load_model import load_model
 
 TEN = ["red"] * 6 + ["blue"] * 4
@@ -110,10 +110,10 @@ def test_every_schema_becomes_rows(name, tmp_path):
 
 def test_images_stay_with_their_rows(tmp_path):
     data = made("plain", 6).shuffle(seed=1)
-    assert [row["image"].size for row in house_rows(data)] == [
+    assert [row["image"].size for row in standard_rows(data)] == [
         row["image"].size for row in data
     ]
-    again = house_rows(house_rows(data).rename_column("prompt", "question"))
+    again = standard_rows(standard_rows(data).rename_column("prompt", "question"))
     assert [row["image"].size for row in again] == [row["image"].size for row in data]
 
 
@@ -180,16 +180,16 @@ def test_what_cannot_become_rows_says_what_to_do(tmp_path):
     )
     blind = Dataset.from_list([dict(image=None, question="?", answer="red")])
     for bad, said in (
-        (lambda: house_rows(data.select([])), "empty"),
-        (lambda: house_rows(data.remove_columns("image")), "no column for image"),
-        (lambda: house_rows(data.remove_columns("question")), "no column for question"),
+        (lambda: standard_rows(data.select([])), "empty"),
+        (lambda: standard_rows(data.remove_columns("image")), "no column for image"),
+        (lambda: standard_rows(data.remove_columns("question")), "no column for question"),
         (
-            lambda: house_rows(data.remove_columns("answers")),
+            lambda: standard_rows(data.remove_columns("answers")),
             "no column for answers or captions",
         ),
-        (lambda: house_rows(secret), "take another split"),
-        (lambda: house_rows(blind), "holds no images"),
-        (lambda: house_rows(data, task="sing"), "task must be"),
+        (lambda: standard_rows(secret), "take another split"),
+        (lambda: standard_rows(blind), "holds no images"),
+        (lambda: standard_rows(data, task="sing"), "task must be"),
         (lambda: find_columns(["image"], {"question": "frage"}), "no column 'frage'"),
         (lambda: find_columns(["image"], {"frage": "image"}), "is none of"),
         (lambda: load_data(tmp_path / "none"), "check the path"),
@@ -308,4 +308,4 @@ def test_a_task_without_its_column_is_refused():
         [dict(image=picture(8, 8), question="what?", captions=["a"])]
     )
     with pytest.raises(ValueError, match="no column for answers"):
-        house_rows(rows, task="vqa")
+        standard_rows(rows, task="vqa")

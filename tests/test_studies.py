@@ -162,14 +162,14 @@ def _phi(x):
 
 
 def test_nothing_but_a_model_is_replaced(tmp_path, bundled):
-    from ressa.files import save_whole, write_json
+    from ressa.files import save_model, write_json
 
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "precious.txt").write_text("precious")
     (tmp_path / "file").write_text("precious")
     for name in ("notes", "file"):
         with pytest.raises(ValueError, match="is no model"):
-            save_whole(*bundled, tmp_path / name)
+            save_model(*bundled, tmp_path / name)
     with pytest.raises(ValueError, match="is no file"):
         write_json(tmp_path / "notes", {})
     assert (
@@ -178,7 +178,7 @@ def test_nothing_but_a_model_is_replaced(tmp_path, bundled):
         == "precious"
     )
     for _ in range(2):
-        save_whole(*bundled, tmp_path / "model")
+        save_model(*bundled, tmp_path / "model")
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "file",
         "model",
@@ -188,13 +188,13 @@ def test_nothing_but_a_model_is_replaced(tmp_path, bundled):
 
 def test_a_kill_between_the_renames_loses_no_model(tmp_path, bundled, monkeypatch):
     "The old model is back before the new one is written, which may fail."
-    from ressa.files import save_whole
+    from ressa.files import save_model
     from ressa.models.bundled import load_bundled
 
     model, processor = bundled
-    save_whole(model, processor, tmp_path / "model")
+    save_model(model, processor, tmp_path / "model")
     (tmp_path / "model").rename(tmp_path / ".model.old")  # as a kill leaves it
     monkeypatch.setattr(model, "save_pretrained", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_whole(model, processor, tmp_path / "model")
+        save_model(model, processor, tmp_path / "model")
     assert type(load_bundled("cpu")[0]).from_pretrained(tmp_path / "model")

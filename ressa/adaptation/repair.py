@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
 
-from .adapters import RANKS, adapt, remask, zero_masks
+from .adapters import DEFAULT_RANKS, adapt, remask, zero_masks
 from .trainer import RessaArguments, RessaTrainer, _check_teacher
 from ..evaluation.answers import evaluate
 from ..files import last_whole_checkpoint
@@ -103,7 +103,7 @@ def repair(
     batch_size: int = 64,  # rows a step, on each device
     learning_rate: float = 2e-3,  # for small models; 1e-4 in the paper, for 7B
     adapter: str = "sparselora",  # a key of `ADAPTERS`; "lora" gets its zeros back after the merge
-    r=RANKS,  # rank, or a mapping from part, layer or expression to rank
+    r=DEFAULT_RANKS,  # rank, or a mapping from part, layer or expression to rank
     lora_alpha=16,  # likewise
     seed: int = 0,  # of the adapters and the order of the rows
     held_out=None,  # rows to judge by, before and after

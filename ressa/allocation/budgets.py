@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..parts import modality_map, per_layer
-from ..pruning.masks import check_target, parse_pattern
+from ..pruning.masks import validate_target, parse_pattern
 from ..pruning.passes import blocks_of
 
 # %% ../../nbs/reference/budgets.ipynb #5da5e980
@@ -24,10 +24,10 @@ def zeros_of(
     "How many weights a layer loses. Raises `ValueError` for an impossible target."
     out, width = shape
     if isinstance(target, str):
-        check_target(None, target, width)
+        validate_target(None, target, width)
         n, m = parse_pattern(target)
         return out * width * (m - n) // m
-    check_target(target, None, width)
+    validate_target(target, None, width)
     return out * int(target * width + 1e-9)
 
 # %% ../../nbs/reference/budgets.ipynb #248bed6b
@@ -141,7 +141,7 @@ def exact(
         )
     for name, (_, width) in free.items() if m is not None else ():
         try:
-            check_target(None, f"1:{m}", width)
+            validate_target(None, f"1:{m}", width)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     steps = steps_of(free, max_sparsity, m)

@@ -29,7 +29,7 @@ from ..devices import pick_device
 from ..evaluation.answers import answer, evaluate
 from ..evaluation.metrics import score
 from ..evaluation.retrieval import retrieval
-from ..files import save_whole, write_json
+from ..files import save_model, write_json
 from ..models.load_model import has_towers, load_model
 
 # %% ../../nbs/reference/command.ipynb #2f331878
@@ -84,7 +84,7 @@ def run_prune(
     calibration = _calibration(args, dense, _training(args, processor), processor)
     model, report = _pruned(args, device, calibration)
     if open_out(out, settings_of(args)) is None:
-        save_whole(model, processor, out / "model")
+        save_model(model, processor, out / "model")
         write_json(out / "results.json", report.to_dict(), indent=1)
     print(f"{report}\nModel: {out / 'model'}")
 

@@ -36,7 +36,7 @@ from ..data.hub import load_data, prompt_writer
 from ..devices import pick_device
 from ..evaluation.answers import blind
 from ..evaluation.metrics import score
-from ..files import Steps, read_json, save_whole, write_json
+from ..files import Steps, read_json, save_model, write_json
 from ..models.load_model import has_towers, load_model, model_batch
 from ..pruning.engine import prune
 
@@ -202,7 +202,7 @@ def _repaired(job, steps, row, model, masks):
     "Repair a pruned copy, save it if it is the masked one, and measure it."
     model, log = _trained(job, steps, row, model)
     if row == "repaired":
-        save_whole(model, job.processor, Path(job.args.out) / "model")
+        save_model(model, job.processor, Path(job.args.out) / "model")
     steps.run(
         row,
         lambda: (

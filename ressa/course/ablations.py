@@ -19,7 +19,7 @@ import PIL.Image
 from datasets import Dataset, Image, concatenate_datasets
 from torch import nn
 
-from ..adaptation.adapters import RANKS, zero_masks, zeros_filled
+from ..adaptation.adapters import DEFAULT_RANKS, zero_masks, zeros_filled
 from ..adaptation.repair import repair
 from ..adaptation.teachers import CachedTeacher, cache_targets
 from ..allocation.search import allocation_named
@@ -165,9 +165,9 @@ def _options(target, row, rate, rank):
     rates = RATES.get(row, RATES["RESSA"])
     options = {"learning_rate": rate or rates[_is_mild(target)]} | RIVALS[row]
     if rank:
-        r = {part: max(1, rank * value // 8) for part, value in RANKS.items()}
+        r = {part: max(1, rank * value // 8) for part, value in DEFAULT_RANKS.items()}
         options |= dict(
-            r=r, lora_alpha={part: 16 * r[part] / RANKS[part] for part in r}
+            r=r, lora_alpha={part: 16 * r[part] / DEFAULT_RANKS[part] for part in r}
         )
     return options
 
@@ -201,7 +201,7 @@ def repair_run(
     row: str,  # a key of `RIVALS`
     seed: int = 0,  # of calibration, adapters, order and choice of rows
     steps: int = 200,  # of 64 rows each
-    rank: int | None = None,  # of vision and language; None: `RANKS`
+    rank: int | None = None,  # of vision and language; None: `DEFAULT_RANKS`
     rate: float | None = None,  # learning rate; None: the row's in `RATES`
     validate: int = 0,  # judge by so many training questions, kept away from training
     questions: int | None = None,  # else by the first so many test questions; None: all

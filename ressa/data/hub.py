@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TEXT_KEYS', 'SHORT_ANSWER', 'SHORT_CAPTION', 'ADVICE', 'TEST_SPLITS', 'FORMATS', 'find_columns',
-           'as_texts', 'prompt_writer', 'house_rows', 'advice', 'load_data']
+           'as_texts', 'prompt_writer', 'standard_rows', 'advice', 'load_data']
 
 # %% ../../nbs/reference/hub.ipynb #380a0ee2
 import re
@@ -197,7 +197,7 @@ def _texts(data, found, caption, write):
     )
 
 # %% ../../nbs/reference/hub.ipynb #baef4a95
-def house_rows(
+def standard_rows(
     data: Dataset,  # with an image column, and answers or captions
     processor=None,  # of the model that will read the prompts; None: InstructBLIP's manner
     columns: dict | None = None,  # your own choice of columns, see `find_columns`
@@ -346,7 +346,7 @@ def load_data(
     processor=None,  # of the model that will read the prompts; None: InstructBLIP's manner
     columns: dict | None = None,  # your own choice of columns, see `find_columns`
     task: str | None = None,  # "vqa" or "caption"; None: told from the columns
-) -> Dataset:  # as `house_rows` makes them
+) -> Dataset:  # as `standard_rows` makes them
     "Rows of the house from the hub or from disk. Raises `ValueError` with what to do."
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, not {limit}")
@@ -356,6 +356,6 @@ def load_data(
     except Exception as error:  # loaders raise many kinds
         raise ValueError(f"data {name}: {advice(error)}") from None
     try:
-        return house_rows(data, processor, columns, task, folder)
+        return standard_rows(data, processor, columns, task, folder)
     except ValueError as error:
         raise ValueError(f"data {name}: {error}") from None

@@ -12,7 +12,7 @@ import torch
 
 from ressa.pruning.masks import (
     apply_mask,
-    check_target,
+    validate_target,
     has_pattern,
     parse_pattern,
     sparsity_of,
@@ -49,7 +49,7 @@ def _lift(stats, power):
 def _start(weight, stats, sparsity, pattern, start) -> torch.Tensor:
     "The pruned weight to begin with, checked against the weight and the target."
     if start is None or sparsity is not None or pattern is not None:
-        check_target(sparsity, pattern, weight.shape[1])
+        validate_target(sparsity, pattern, weight.shape[1])
     if start is None:
         start = wanda
     if callable(start):

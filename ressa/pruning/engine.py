@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..devices import to_device
 from ..parts import ModalityMap, modality_map, per_layer
-from .masks import check_target, sparsity_of
+from .masks import validate_target, sparsity_of
 from .methods import as_target, method_of, prune_alike
 from ressa.pruning.passes import (
     before_first_call,
@@ -31,7 +31,7 @@ from ressa.pruning.passes import (
 )
 from .placement import _on_disk, _put, _stored_weight
 from .report import LayerReport, PruneReport, estimated_error
-from .statistics import Statistics, _real_tokens, unusable
+from .statistics import Statistics, real_tokens, unusable
 
 # %% ../../nbs/reference/engine.ipynb #0c890869
 def targets(
@@ -48,7 +48,7 @@ def targets(
     found = per_layer(pattern if sparsity is None else sparsity, mmap)
     for name, value in found.items():
         try:
-            check_target(**as_target(value), in_features=mmap.layers[name].in_features)
+            validate_target(**as_target(value), in_features=mmap.layers[name].in_features)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return found
@@ -68,7 +68,7 @@ class _Pruner:
     def measure(self, name, x, rows=slice(None), stats=None):
         "Statistics of the input of layer `name` for some rows, added to `stats` if there are any."
         whole = self.mask is None or self.part_of(name) == "vision"
-        x = _real_tokens(x, None if whole else self.mask[rows])
+        x = real_tokens(x, None if whole else self.mask[rows])
         if stats is not None:
             return stats.update(x)
         return Statistics.of(x, mean=self.method.mean, gram=self.method.gram)
@@ -316,7 +316,7 @@ def dense_statistics(
     )
 
     def note(name, layer, x):
-        kept = _real_tokens(x, None if mmap.part_of(name) == "vision" else mask)
+        kept = real_tokens(x, None if mmap.part_of(name) == "vision" else mask)
         if x not in shared:
             shared[x] = Statistics.of(kept, mean=rule.mean, gram=rule.gram)
         stats[name] = shared[x]

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from .masks import check_target, parse_pattern, select
+from .masks import validate_target, parse_pattern, select
 from .scores import _check_fit
 from .statistics import Statistics
 
@@ -102,7 +102,7 @@ def sparsegpt(
 ) -> torch.Tensor:  # pruned and corrected, a new tensor
     "Prune column by column, correcting all to the right (arXiv 2301.00774). Raises `ValueError`."
     _check_fit(weight, stats)
-    check_target(sparsity, pattern, weight.shape[1])
+    validate_target(sparsity, pattern, weight.shape[1])
     if blocksize < 1:
         raise ValueError(f"blocksize must be 1 column or more, not {blocksize}")
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

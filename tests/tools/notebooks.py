@@ -8,9 +8,9 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 NBS = ROOT / "nbs"
-PATHS = sorted(NBS.glob("*.ipynb"))
+PATHS = sorted(NBS.rglob("[!.]*.ipynb"))
 # Warnings about the machine, progress bars and times have no place in a page.
 ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -46,7 +46,7 @@ def run(path, skip=("gpu", "slow")):
         timeout=3600 if "slow" not in skip else 300,
         kernel_name="python3",
         record_timing=False,
-        resources={"metadata": {"path": str(NBS)}},
+        resources={"metadata": {"path": str(path.parent)}},
     ).execute()
     for cell, cell.source, cell.outputs in kept:
         pass

@@ -55,7 +55,7 @@ MEANT = {  # number or text → why a function takes it
     ("save_sparse", "folder"): "is made",
     ("pack", "folder"): "is made",
     ("unpack", "folder"): "is made",
-    ("save_whole", "folder"): "is made",
+    ("save_model", "folder"): "is made",
     ("write_json", "path"): "is made, or replaced when whole",
     ("cache_targets", "file"): "is made",
 }
@@ -84,7 +84,7 @@ LEFT_OUT = {  # name → why
     "repair_run": "a run of minutes",
     "load_model": "see test_hub_data",
     "load_data": "see test_hub_data",
-    "house_rows": "see test_hub_data",
+    "standard_rows": "see test_hub_data",
     "embed": "needs towers, see test_metrics",
     "retrieval": "needs towers, see test_metrics",
     "metric_of": "reads names of columns",
@@ -181,9 +181,9 @@ def right_calls(folder):
     packed, plain = folder / "packed", folder / "plain"
     if not packed.exists():
         save_sparse(model, packed, processor)
-        from ressa.files import save_whole
+        from ressa.files import save_model
 
-        save_whole(model, processor, plain)
+        save_model(model, processor, plain)
     sizes = {"a": (4, 8), "b": (8, 16)}
     ones = dict(a=1.0, b=2.0)
     report = PruneReport([LayerReport("a", "vision", (4, 8), 0.5, 0.5, 0.1, 12, 0.1)])
@@ -400,7 +400,7 @@ def right_calls(folder):
         write_json=dict(path=lambda: new("x.json"), data={}),
         wilson=dict(right=[1, 0, 1], z=1.96),
         read_json=dict(path=lambda: packed / "config.json"),
-        save_whole=dict(model=model, processor=processor, folder=lambda: new("whole")),
+        save_model=dict(model=model, processor=processor, folder=lambda: new("whole")),
         draw_shapes=dict(
             n=2, generator=lambda: torch.Generator().manual_seed(0), size=64
         ),

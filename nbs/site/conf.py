@@ -4,7 +4,6 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from docutils import nodes
 from nbdev.config import get_config
 from sphinx import addnodes
 from sphinx.pycode import ModuleAnalyzer
@@ -34,6 +33,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 nb_execution_mode = "off"  # the notebooks' stored outputs, of which the tests make sure
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # tables in what a cell displays
 nb_ipywidgets_js = {"require.min.js": {}, "libembed-amd.js": {}, "widgets.js": {}}
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_block"]
 myst_heading_anchors = 3

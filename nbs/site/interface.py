@@ -35,17 +35,19 @@ def is_class(node):
 
 
 def symbols(notebooks):
-    "Where each public name is explained: {name: module}; `notebooks` are pairs (module, notebook)."
+    """Where each public name is explained: {name: (module, page)}.
+
+    `notebooks` are triples (default module, page, notebook); a cell may export to another module."""
     found = {}
-    for module, nb in notebooks:
-        for cell in nb.cells:
-            if cell.cell_type != "code" or not re.search(
-                r"^#\| *exports?\b", cell.source, re.M
-            ):
+    for default, page, notebook in notebooks:
+        for cell in notebook.cells:
+            mark = re.search(r"^#\| *exports? *([\w.]*)", cell.source, re.M)
+            if cell.cell_type != "code" or not mark:
                 continue
+            module = mark.group(1) or default
             for name, node in definitions(cell.source).items():
                 for full in (name, *(f"{name}.{m.name}" for m in methods(node))):
-                    found.setdefault(full, module)
+                    found.setdefault(full, (module, page))
     return found
 
 

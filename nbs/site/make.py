@@ -4,12 +4,12 @@ python nbs/site/make.py [folder]     # by default the `doc_path` of settings.ini
 """
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from runpy import run_path
 
 import nbformat
 from interface import definitions, entry, symbols
@@ -23,68 +23,47 @@ from nbdev.processors import (
     rm_header_dash,
     strip_ansi,
 )
+from pages import COURSE, NBS, STUDIES, module_of, page_name, reference, title
+from slides import write as write_slides
 
 HERE = Path(__file__).resolve().parent
-PARTS = {
-    "0": "The model",
-    "1": "Prune",
-    "2": "Allocate",
-    "3": "Repair",
-    "4": "Ship",
-    "5": "Scale",
-    "9": "Reference",
-}  # by the first digit, for a notebook that the table of index.ipynb lacks
 HIDDEN = {"hide", "default_exp", "exporti", "include:"}
 BADGES = {"gpu", "slow"}  # directives that the page shows
 
 
-def docname(path):
-    "nbdev's name for the page of a notebook: `14_prune.ipynb` → `prune`."
-    return re.sub(r"^\d+_", "", Path(path).stem)
+def notebooks():
+    "All notebooks that have a page; exercise checks have none, because they tell the solutions."
+    inside = [path for group in reference().values() for path in group]
+    return [NBS / "index.ipynb", *COURSE, *inside, *STUDIES]
 
 
-def linked(text, names, pages):
-    """Markdown with links: `prune` → its entry, `14_prune` and *notebook 14* → that page, and files
-    of notebooks → their pages. `names`: {name: module}; `pages`: {notebook's stem: page}."""
-    numbers = {stem[:2]: page for stem, page in pages.items() if stem[0].isdigit()}
+def linked(text, names, here):
+    """Markdown with links: `prune` → its entry, and files of notebooks → their pages.
+
+    `names` is {name: module}; `here` is the page that the text stands on."""
+    folder = os.path.dirname(here)
 
     def name(match):
-        code = match.group(1)
-        if code in pages:
-            return f"[`{code}`]({pages[code]}.ipynb)"
-        bare = code.removesuffix("()").removeprefix("ressa.")
-        bare = bare if bare in names else bare.partition(".")[2]
-        return (
-            f"{{py:obj}}`{code} <ressa.{names[bare]}.{bare}>`"
-            if bare in names
-            else match.group()
-        )
+        bare = match.group(1).removesuffix("()").removeprefix("ressa.")
+        bare = bare if bare in names else bare.rpartition(".")[2]
+        if bare not in names:
+            return match.group()
+        return f"{{py:obj}}`{match.group(1)} <ressa.{names[bare]}.{bare}>`"
 
-    def number(match):
-        return re.sub(
-            r"\d\d",
-            lambda n: (
-                f"[{n.group()}]({numbers[n.group()]}.ipynb)"
-                if n.group() in numbers
-                else n.group()
-            ),
-            match.group(),
-        )
+    def file(match):
+        target = os.path.normpath(os.path.join(folder, match.group(1)))
+        target = page_name(NBS / f"{target}.ipynb")
+        return f"]({os.path.relpath(target, folder or '.')}.ipynb"
 
     lines, fenced = [], False
     for line in text.splitlines():
         if re.match(r"\s*(```|~~~)", line):
             fenced = not fenced
         elif not fenced:
-            line = re.sub(
-                r"\]\((\w+)\.ipynb", lambda m: f"]({docname(m.group(1))}.ipynb", line
-            )
+            line = re.sub(r"\]\(([\w./]+)\.ipynb", file, line)
         if not fenced and not line.startswith("#"):
             line = re.sub(
                 r"(?<![`\[{}\w])`([A-Za-z\d_.]+(?:\(\))?)`(?![`\]])", name, line
-            )
-            line = re.sub(
-                r"\b[Nn]otebooks? \d\d(?:(?:, | and | to )\d\d)*\b", number, line
             )
         lines.append(line)
     return "\n".join(lines)
@@ -94,23 +73,23 @@ def markdown(source):
     return nbformat.v4.new_markdown_cell(source)
 
 
-def folded(source, title, is_open):
+def folded(source, heading, is_open):
     "Exported code under a line that folds it."
+    state = " open" if is_open else ""
     return markdown(
-        f'<details class="source"{" open" if is_open else ""}><summary>{title}</summary>\n\n'
+        f'<details class="source"{state}><summary>{heading}</summary>\n\n'
         f"```ipython3\n{source}\n```\n\n</details>"
     )
 
 
 def exported(source, entries):
-    "How exported code is shown: first its entries, then the code; checks and imports are folded."
+    "How exported code is shown: first its entries, then the code; imports are folded."
     tree = ast.parse(source).body
-    if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree):
+    if all(isinstance(node, ast.Import | ast.ImportFrom | ast.If) for node in tree):
         return [folded(source, "Imports of the library", False)]
     if not entries:
         return [nbformat.v4.new_code_cell(source)]
-    checks = all(name.startswith("check_") for name in definitions(source))
-    return [*entries, folded(source, "Source", not checks)]
+    return [*entries, folded(source, "Source", True)]
 
 
 def bare(source):
@@ -121,9 +100,8 @@ def bare(source):
 def shown(cell):
     "A code cell as MyST-NB wants it: alt text, hidden input, badges."
     directives = cell.directives_
-    new = nbformat.v4.new_code_cell(
-        bare(cell.source), outputs=[nbformat.from_dict(o) for o in cell.outputs]
-    )
+    outputs = [nbformat.from_dict(output) for output in cell.outputs]
+    new = nbformat.v4.new_code_cell(bare(cell.source), outputs=outputs)
     new.metadata["tags"] = sorted(BADGES & directives.keys())
     if "hide_input" in directives or directives.get("echo:") == ["false"]:
         new.metadata["tags"].append("remove-input")
@@ -134,31 +112,30 @@ def shown(cell):
 
 def links(path, config):
     "The line under a title: what can be done with the page."
-    parts = [f"{{download}}`Download the notebook </notebooks/{path.name}>`"]
+    inside = path.relative_to(NBS) if path.is_absolute() else path
+    parts = [f"{{download}}`Download the notebook </notebooks/{inside}>`"]
     home = (config.git_url or "").rstrip("/")
     if home.startswith("https://github.com/"):
-        where = f"{home.removeprefix('https://github.com/')}/blob/{config.branch}/{config.nbs_path.name}"
-        parts.append(
-            f"[Open in Colab](https://colab.research.google.com/github/{where}/{path.name})"
-        )
+        repository = home.removeprefix("https://github.com/")
+        where = f"{repository}/blob/{config.branch}/{config.nbs_path.name}/{inside}"
+        colab = f"https://colab.research.google.com/github/{where}"
+        parts.append(f"[Open in Colab]({colab})")
     return "{.page-links}\n" + " · ".join(parts)
 
 
-def page(path, names, pages, config):
+def page(path, names, config):
     "The notebook of one page."
-    processed = NBProcessor(
-        path,
-        [
-            add_show_docs,
-            hide_line,
-            filter_stream_,
-            strip_ansi,
-            rm_header_dash,
-            clean_magics,
-        ],
-        process=True,
-    ).nb
-    cells, source, entries, module = [], None, [], docname(path)
+    processors = [
+        add_show_docs,
+        hide_line,
+        filter_stream_,
+        strip_ansi,
+        rm_header_dash,
+        clean_magics,
+    ]
+    module = module_of(nbformat.read(path, 4))
+    processed = NBProcessor(path, processors, process=True).nb
+    cells, source, entries = [], None, []
 
     def flush():
         if source is not None:
@@ -168,19 +145,17 @@ def page(path, names, pages, config):
         directives = getattr(cell, "directives_", {})
         if getattr(cell, "has_sd", False):  # nbdev asks for an entry here
             name = re.fullmatch(r"show_doc\((\w+)\)", cell.source).group(1)
-            entries.append(
-                markdown(entry(definitions(source)[name], source, f"ressa.{module}"))
-            )
+            home = f"ressa.{names[name][0]}" if name in names else f"ressa.{module}"
+            text = entry(definitions(source)[name], source, home)
+            entries.append(markdown(text))
             continue
         flush()
         source, entries = None, []
         if cell.cell_type == "markdown":
             cells.append(markdown(cell.source))
-        elif (
-            cell.cell_type != "code"
-            or not cell.source.strip()
-            or HIDDEN & directives.keys()
-        ):
+        elif cell.cell_type != "code" or not cell.source.strip():
+            continue
+        elif HIDDEN & directives.keys():
             continue
         elif {"export", "exports"} & directives.keys():
             source = bare(cell.source)
@@ -189,121 +164,86 @@ def page(path, names, pages, config):
     flush()
     for cell in cells:
         if cell.cell_type == "markdown":
-            cell.source = linked(cell.source, names, pages)
+            cell.source = linked(cell.source, modules(names), page_name(path))
     if path.stem != "index":
-        about = (
-            f"```{{py:module}} ressa.{module}\n```\n" if path.stem[0].isdigit() else ""
-        )
+        about = f"```{{py:module}} ressa.{module}\n```\n" if module else ""
         cells.insert(1, markdown(about + links(path, config)))
-    metadata = {
-        **processed.metadata,
-        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
-    }
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    metadata = {**processed.metadata, "language_info": language}
     return nbformat.v4.new_notebook(cells=cells, metadata=nbformat.from_dict(metadata))
 
 
-def title(path):
-    "The first heading of a notebook or Markdown file."
-    text = (
-        path.read_text(encoding="utf-8")
-        if path.suffix == ".md"
-        else "\n".join(
-            cell.source
-            for cell in nbformat.read(path, 4).cells
-            if cell.cell_type == "markdown"
-        )
+def modules(names):
+    "Names without their pages: {name: module}."
+    return {name: module for name, (module, _) in names.items()}
+
+
+def toctree(caption, lines):
+    return (
+        f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n"
+        + "\n".join(lines)
+        + "\n```\n"
     )
-    return re.search(r"^# (.+)$", text, re.M).group(1)
 
 
-def parts_of(index):
-    "The part of each notebook in the table of index.ipynb: {stem: part}."
-    parts, part = {}, ""
-    for cell in index.cells:
-        for name, stem in re.findall(
-            r"^\| *([\w ]*?) *\| \[\w+\]\((\w+)\.ipynb\)", cell.source, re.M
-        ):
-            part = name or part
-            parts[stem] = part.capitalize()
-    return parts
-
-
-def contents(pages, known):
-    "The table of contents, of {source file: title}; hidden on the page itself. `known`: {stem: part}."
-    parts = {part: [] for part in [*PARTS.values()][:-1] + ["Teaching", "Reference"]}
-    for path, heading in pages.items():
-        numbered = path.stem[0].isdigit()
-        part = known.get(path.stem, PARTS[path.stem[0]]) if numbered else "Teaching"
-        number = f"{path.stem[:2]} · " if numbered and part != "Reference" else ""
-        parts.setdefault(part, []).append(f"{number}{heading} <{docname(path)}>")
-    parts["Reference"].append("Index of names <genindex>")
+def contents():
+    "The table of contents: course, reference, studies; hidden on the page itself."
+    course = [f"{path.stem[:2]} · {title(path)} <{page_name(path)}>" for path in COURSE]
+    course += ["Syllabus <course/syllabus>", "Figures for slides <course/slides>"]
+    inside = [
+        f"{title(path)} <{page_name(path)}>"
+        for group in reference().values()
+        for path in group
+    ]
+    studies = [f"{title(path)} <{page_name(path)}>" for path in STUDIES]
     return "\n".join(
-        f"```{{toctree}}\n:hidden:\n:caption: {part}\n\n" + "\n".join(lines) + "\n```\n"
-        for part, lines in parts.items()
-        if lines
+        [
+            toctree("Course", course),
+            toctree("Reference", [*inside, "Index of names <genindex>"]),
+            toctree("Studies", studies),
+        ]
     )
 
 
 def prepare(folder):
     "Write the sources of the site to a folder."
     config = get_config()
-    here = config.nbs_path
-    notebooks = sorted(here.glob("*.ipynb"))
-    pages = {p.stem: docname(p) for p in notebooks if p.stem != "index"}
-    names = symbols((docname(p), nbformat.read(p, 4)) for p in notebooks)
-    (folder / "notebooks").mkdir(parents=True)
-    if (here / "images").exists():
-        shutil.copytree(here / "images", folder / "images")
-    for path in here.glob("*.md"):
-        shutil.copy(path, folder)
-    if (here / "slides.py").exists():
-        run_path(here / "slides.py")["write"](folder)
-    texts = sorted(folder.glob("*.md"))
-    for path in texts:
-        path.write_text(
-            linked(path.read_text(encoding="utf-8"), names, pages), encoding="utf-8"
-        )
-    for path in notebooks:
-        shutil.copy(path, folder / "notebooks")
-        nb = page(path, names, pages, config)
+    read = {path: nbformat.read(path, 4) for path in notebooks()}
+    names = symbols(
+        (module_of(notebook), page_name(path), notebook)
+        for path, notebook in read.items()
+    )
+    for section in ("course", "reference", "studies", "notebooks"):
+        (folder / section).mkdir(parents=True)
+    shutil.copytree(NBS / "images", folder / "images")
+    write_slides(folder / "course")
+    shutil.copy(NBS / "course" / "syllabus.md", folder / "course")
+    for path in sorted((folder / "course").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        text = linked(text, modules(names), f"course/{path.stem}")
+        path.write_text(text, encoding="utf-8")
+    for path in read:
+        copy = folder / "notebooks" / path.relative_to(NBS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+        notebook = page(path, names, config)
         if path.stem == "index":
-            titles = {p: title(p) for p in notebooks + texts if p != path}
-            nb.cells.append(
-                markdown(contents(titles, parts_of(nbformat.read(path, 4))))
-            )
-        nbformat.write(nb, folder / f"{docname(path)}.ipynb")
+            notebook.cells.append(markdown(contents()))
+        nbformat.write(notebook, folder / f"{page_name(path)}.ipynb")
 
 
 def build(out):
     "Make the site in a folder; a warning is an error."
     root = get_config().config_path
-    work = (
-        root / "_proc"
-        if out == get_config().doc_path
-        else out.with_name(out.name + "-made")
-    )
+    is_default = out == get_config().doc_path
+    work = root / "_proc" if is_default else out.with_name(out.name + "-made")
     sources, html = work / "sources", work / "html"
     for folder in (sources, html):
         shutil.rmtree(folder, ignore_errors=True)
     prepare(sources)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "sphinx",
-            "-W",
-            "--keep-going",
-            "-q",
-            "-c",
-            HERE,
-            "-d",
-            work / "doctrees",
-            sources,
-            html,
-        ],
-        check=True,
-        cwd=root,
-    )
+    options = ["-W", "--keep-going", "-q", "-c", HERE, "-d", work / "doctrees"]
+    command = [sys.executable, "-m", "sphinx", *options, sources, html]
+    subprocess.run(command, check=True, cwd=root)
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(html, out)
 

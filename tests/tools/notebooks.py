@@ -1,4 +1,6 @@
-"""Run notebooks. `python tests/notebooks.py [--slow] [NAME ...]` runs them in place and keeps their outputs."""
+"""Run notebooks. `python tests/tools/notebooks.py [--slow] [NAME ...]` runs them in place and keeps their outputs.
+
+NAME is a file's name (`engine`) or, where two have the same one, its path (`course/11_repair`)."""
 
 import json
 import re
@@ -17,6 +19,11 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }
+
+
+def name_of(path):
+    "A notebook's path inside `nbs/`, without its ending: `course/03_masks`."
+    return str(path.relative_to(NBS).with_suffix(""))
 
 
 def flags(cell):
@@ -121,9 +128,9 @@ def text_outputs(notebook):
 if __name__ == "__main__":
     names = [name for name in sys.argv[1:] if not name.startswith("--")]
     for path in PATHS:
-        if names and path.stem not in names:
+        if names and not {path.stem, name_of(path)} & set(names):
             continue
-        print(path.stem, flush=True)
+        print(name_of(path), flush=True)
         nbformat.write(
             run(path, ("gpu",) if "--slow" in sys.argv else ("gpu", "slow")), path
         )

@@ -17,19 +17,20 @@ from filelock import FileLock
 pytest.importorskip("sphinx", reason="the site needs Sphinx: pip install '.[dev]'")
 pytest.importorskip("myst_nb", reason="the site needs MyST-NB: pip install '.[dev]'")
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(ROOT.glob("nbs/[0-9]*.ipynb"))
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
     None,
 )
 IN_FULL = ("index.html", "search.html")  # with their code, and in the dark too
-COLOURED = (
-    "explore.html",
-    "report.html",
-    "syllabus.html",
-)  # of the pages of one style some are enough for colours
+# of the pages of one style some are enough for colours
+COLOURED = ("explorers.html", "report.html", "syllabus.html")
 sys.path.append(str(ROOT / "nbs" / "site"))
+from make import linked, links, notebooks  # noqa: E402
+from pages import NBS, page_name  # noqa: E402
+
+NOTEBOOKS = [path for path in notebooks() if path.stem != "index"]
+pytestmark = pytest.mark.browser
 
 LOOK = """async () => {
     if (window.MathJax?.startup) await MathJax.startup.promise;
@@ -47,12 +48,15 @@ LOOK = """async () => {
         wrong: all('.math [data-mjx-error]').map(e => e.dataset.mjxError),
         unfolded: all('main details[open]:not(.source)').length,
         solutions: all('main details:not(.source)').length,
+        prose: (() => { const copy = document.querySelector('main')?.cloneNode(true); if (!copy) return '';
+            copy.querySelectorAll('pre, code, .highlight, .math, script, style, .output.text_plain').forEach(e => e.remove());
+            return copy.textContent; })(),
         widgets: all('.jupyter-widgets').length,
         empty: all('.jupyter-widgets img').filter(i => !i.naturalWidth).length}}"""
 
 
 def page_of(notebook):
-    return re.sub(r"^\d+_", "", notebook.stem) + ".html"
+    return page_name(notebook) + ".html"
 
 
 def shared(tmp_path_factory):
@@ -173,7 +177,7 @@ def look(browser, path, site):
             tab.add_style_tag(content="* {transition: none !important}")
             tab.emulate_media(color_scheme="dark")
             seen["dark"] = axe(tab)
-        elif path.parent == site:
+        elif "_modules" not in path.parts:
             seen["light"] = axe(
                 tab,
                 [".highlight", "mjx-container", ".bd-sidebar"],
@@ -235,7 +239,7 @@ def test_ids_are_unique(pages):
 
 
 def test_mathematics_is_drawn(pages):
-    assert pages["sparselora.html"]["formulas"] > 0
+    assert pages["course/sparse_lora.html"]["formulas"] > 0
     assert not each(pages, "wrong")
     assert not {
         name: (page["formulas"], page["drawn"])
@@ -297,28 +301,32 @@ def test_entries_of_the_library(pages):
     exec((ROOT / "ressa" / "_modidx.py").read_text(), scope)
     known = {name: page["ids"] for name, page in pages.items()}
     for module, names in scope["d"]["syms"].items():
+        if module.startswith("ressa.course.checks"):
+            continue  # checks have no page: they tell the solutions
         for name, (address, _) in names.items():
-            if name.count(".") > 2 or name.split(".")[-1].startswith("_"):
+            inside = name.removeprefix(f"{module}.")
+            if "." in inside or inside.startswith("_"):
                 continue
             assert name in known[address.partition("#")[0]], f"no entry of {name}"
 
 
 def test_an_entry(tab, site):
     "Signature, docments, a link to the source; prose links to it."
-    tab.goto((site / "prune.html").as_uri())
-    entry = tab.locator("dl.py.function", has=tab.locator("[id='ressa.prune.prune']"))
+    name = "ressa.pruning.engine.prune"
+    tab.goto((site / "reference" / "engine.html").as_uri())
+    entry = tab.locator("dl.py.function", has=tab.locator(f"[id='{name}']"))
     assert "method='wanda'" in entry.locator("dt").first.inner_text().replace(" ", "")
     assert "model" in entry.locator("td").first.inner_text()
-    assert tab.locator("main p a[href='#ressa.prune.prune']").count()
+    assert tab.locator(f"main a[href='#{name}']").count()
     entry.locator("a", has_text="source").first.click()
-    tab.wait_for_url(re.compile("prune"))
+    tab.wait_for_url(re.compile("engine"))
     assert "def prune(" in tab.locator(":target").locator("xpath=..").inner_text()
 
 
 def test_source_cells_have_no_directives(site):
     assert not [
         p.name
-        for p in site.glob("*.html")
+        for p in site.rglob("*.html")
         if re.search(
             r"#\|\s*(export|hide|fig-alt)",
             re.sub("<[^>]+>", "", p.read_text(encoding="utf-8")),
@@ -335,7 +343,7 @@ def test_search(tab, site):
     found = tab.locator("#search-results li a").evaluate_all(
         "links => links.map(a => a.href)"
     )
-    assert any("/sparselora.html" in link for link in found)
+    assert any("/sparse_lora.html" in link for link in found)
     assert not tab.errors
 
 
@@ -352,7 +360,7 @@ def test_dark_mode(tab, site):
 
 
 def test_copy_button(tab, site):
-    tab.goto((site / "prune.html").as_uri())
+    tab.goto((site / "reference" / "engine.html").as_uri())
     cell = tab.locator("main .cell_input").first
     cell.hover()
     cell.locator("button.copybtn").click()
@@ -363,20 +371,38 @@ def test_copy_button(tab, site):
 
 
 def test_open_in_colab_needs_an_address():
-    from make import links
-
+    path = NBS / "course" / "03_masks.ipynb"
     there = dict(branch="main", nbs_path=Path("nbs"))
-    assert "Colab" not in links(
-        Path("14_prune.ipynb"), SimpleNamespace(git_url="", **there)
+    assert "Colab" not in links(path, SimpleNamespace(git_url="", **there))
+    github = SimpleNamespace(git_url="https://github.com/a/b", **there)
+    address = "https://colab.research.google.com/github/a/b/blob/main/nbs"
+    assert f"{address}/course/03_masks.ipynb" in links(path, github)
+
+
+def test_links_between_sections():
+    text = "See [Masks](../course/03_masks.ipynb#ties) and `select`."
+    names = {"select": "pruning.masks"}
+    assert linked(text, names, "reference/engine") == (
+        "See [Masks](../course/masks.ipynb#ties) and "
+        "{py:obj}`select <ressa.pruning.masks.select>`."
     )
-    line = links(
-        Path("14_prune.ipynb"),
-        SimpleNamespace(git_url="https://github.com/a/b", **there),
-    )
-    assert (
-        "https://colab.research.google.com/github/a/b/blob/main/nbs/14_prune.ipynb"
-        in line
-    )
+
+
+def test_no_raw_markup_is_read(pages):
+    "What a reader sees is rendered: no table rows with pipes, no fences, no links in brackets."
+    raw = r"^\|.+\|$|^```|\]\(\S+\)|^#{1,6} |\*\*\w|<details|:::"
+    found = {}
+    for name, page in pages.items():
+        lines = [line for line in page["prose"].splitlines() if re.search(raw, line)]
+        if lines and not name.startswith("_modules"):
+            found[name] = lines[:3]
+    assert not found
+
+
+def test_the_contents_have_three_sections(tab, site):
+    tab.goto((site / "index.html").as_uri())
+    captions = tab.locator(".bd-sidebar-primary .caption-text").all_inner_texts()
+    assert captions == ["Course", "Reference", "Studies"]
 
 
 def test_docments_are_read():

@@ -23,7 +23,10 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
     None,
 )
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
+]
 MINUTES = 60_000  # milliseconds; generous, since a test must not fail on a busy machine
 OFF = [
     "--no-sandbox",
@@ -75,7 +78,7 @@ def lab(tmp_path_factory):
     trusted = NotebookNotary(
         data_dir=str(folder / "jupyter")
     )  # as a reader does who wants to see stored widgets
-    for path in (folder / "nbs").glob("*.ipynb"):
+    for path in (folder / "nbs").rglob("*.ipynb"):
         trusted.sign(nbformat.read(path, 4))
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(
@@ -167,7 +170,10 @@ def move(box, slider):
 
 @pytest.mark.parametrize(
     "name, slider, words",
-    [("00_explore", 0, "share = 0.625"), ("19_budgets", 0, "spread = 1")],
+    [
+        ("reference/explorers", 0, "share = 0.625"),
+        ("reference/budgets", 0, "spread = 1"),
+    ],
 )
 def test_a_slider_moves_the_picture(lab, browser, name, slider, words):
     page = opened(browser, lab, name)

@@ -2,11 +2,9 @@
 
 import base64
 import re
-from pathlib import Path
 
 import nbformat
-
-here = Path(__file__).parent
+from pages import NBS, ROOT
 
 
 def shown(cell, pictures):
@@ -34,17 +32,16 @@ def shown(cell, pictures):
 
 def readme():
     "The text of README.md, and its pictures: path under nbs/ → bytes."
-    cells, pictures = nbformat.read(here / "index.ipynb", 4).cells, {}
+    cells, pictures = nbformat.read(NBS / "index.ipynb", 4).cells, {}
     text = "\n\n".join(filter(None, (shown(cell, pictures) for cell in cells))) + "\n"
-    text = re.sub(
-        r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", text
-    )  # links as seen from the repository's root
+    # links as seen from the repository's root
+    text = re.sub(r"\]\(([\w/]+\.(?:ipynb|md))\)", r"](nbs/\1)", text)
     return text, pictures
 
 
 if __name__ == "__main__":
     text, pictures = readme()
-    (here.parent / "README.md").write_text(text, encoding="utf-8")
-    (here / "images").mkdir(exist_ok=True)
+    (ROOT / "README.md").write_text(text, encoding="utf-8")
+    (NBS / "images").mkdir(exist_ok=True)
     for name, data in pictures.items():
-        (here / name).write_bytes(data)
+        (NBS / name).write_bytes(data)

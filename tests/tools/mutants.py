@@ -1,14 +1,13 @@
 """Mutation testing: change one thing in a module, and see whether the tests of that module notice.
 
-    python tests/mutants.py --sample 40 --seed 0 --out nbs/results/mutation.json masks scores …
+    python tests/tools/mutants.py --sample 40 --seed 0 --out nbs/results/mutation.json pruning.masks …
 
 The changes are those of mutmut (`pip install mutmut`). Its own runner skips decorated functions and copies the project, so
 mutants are run here: a process that has imported the heavy libraries forks, and the child imports the mutated module instead of
-the one on disk. Not mutated: exercises' checks (`check_*`, tested in the notebooks), docstrings and the texts of messages."""
+the one on disk. Not mutated: exercises' checks (`check_*`, tested with the chapters), docstrings and the texts of messages."""
 
 import argparse
 import difflib
-import functools
 import importlib.machinery
 import importlib.util
 import json
@@ -21,18 +20,27 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-TESTS = {  # module → its tests, quick ones first; left out: what starts other processes, which import the module on disk
-    "masks": ["test_pruners.py", "test_reliability.py"],
-    "scores": ["test_pruners.py", "test_reliability.py"],
-    "sparsegpt": ["test_pruners.py", "test_reliability.py"],
-    "dsnot": ["test_pruners.py", "test_reliability.py"],
-    "sparselora": ["test_sparselora.py", "test_reliability.py"],
-    "distillation": ["test_distillation.py", "test_reliability.py"],
-    "packing": ["test_storage.py", "test_reliability.py"],
-    "storage": ["test_storage.py", "test_reliability.py"],
-}
-LEFT_OUT = "not killed and not compile and not plain_peft and not process and not command and not same_seed and not counted and not odd_argument and not every_public"
+ROOT = Path(__file__).parents[2]
+MODULES = (  # the tests of `pruning.masks` are tests/pruning/test_masks.py
+    "pruning.masks",
+    "pruning.scores",
+    "pruning.sparsegpt",
+    "pruning.dsnot",
+    "adaptation.sparse_lora",
+    "adaptation.distillation",
+    "checkpoints.packing",
+    "checkpoints.sparse",
+)
+# Left out: what starts other processes, which import the module on disk, and what is slow.
+LEFT_OUT = (
+    "not killed and not compile and not plain_peft and not process and not command"
+)
+
+
+def tests_of(module):
+    "The test file of a module."
+    package, _, name = module.rpartition(".")
+    return ROOT / "tests" / package / f"test_{name}.py"
 
 
 def changes_of(source):
@@ -85,7 +93,8 @@ class Instead(importlib.machinery.SourceFileLoader):
     "Imports another source in place of that of a file."
 
     def __init__(self, module, source):
-        super().__init__(f"ressa.{module}", str(ROOT / "ressa" / f"{module}.py"))
+        path = ROOT / "ressa" / f"{module.replace('.', '/')}.py"
+        super().__init__(f"ressa.{module}", str(path))
         self.source = source
 
     def get_code(self, name):
@@ -108,28 +117,9 @@ def survives(module, source, seconds=120):
             sys.meta_path.insert(0, Instead(module, source))
         import pytest
 
-        files = [
-            str(ROOT / "tests" / file)
-            for file in TESTS[module]
-            if (ROOT / "tests" / file).exists()
-        ]
-        os._exit(
-            int(
-                pytest.main(
-                    [
-                        *files,
-                        "-x",
-                        "-q",
-                        "-p",
-                        "no:cacheprovider",
-                        "-p",
-                        "no:xdist",
-                        "-k",
-                        LEFT_OUT,
-                    ]
-                )
-            )
-        )
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        chosen = ["-k", LEFT_OUT, "-m", "not slow"]
+        os._exit(int(pytest.main([str(tests_of(module)), *options, *chosen])))
     return _ended(child, 20 * seconds) == 0
 
 
@@ -145,22 +135,14 @@ def _ended(child, seconds):
     return os.waitpid(child, 0)[1] or 1
 
 
-@functools.cache
-def sound(tests):
-    "Whether tests pass without any mutation; modules with the same tests are asked once."
-    return survives(
-        next(module for module in TESTS if tuple(TESTS[module]) == tests), None
-    )
-
-
 def examine(module, sample, seed, known):
     "Run a sample of the mutants of a module; `known`: why a survivor cannot be noticed, by its id."
-    source = (ROOT / "ressa" / f"{module}.py").read_text()
+    source = (ROOT / "ressa" / f"{module.replace('.', '/')}.py").read_text()
     tree, changes = changes_of(source)
     drawn = random.Random(seed).sample(
         range(len(changes)), min(sample or len(changes), len(changes))
     )
-    if not sound(tuple(TESTS[module])):
+    if not survives(module, None):
         raise SystemExit(f"{module}: its tests fail without any mutation")
     killed, survivors = 0, []
     for i in sorted(drawn):
@@ -196,7 +178,7 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "modules", nargs="*", help=f"default: all of {', '.join(TESTS)}"
+        "modules", nargs="*", help=f"default: all of {', '.join(MODULES)}"
     )
     parser.add_argument(
         "--sample", type=int, default=40, help="mutants of each module; 0: all"
@@ -207,7 +189,7 @@ def main():
     )
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {"modules": {}}
-    for module in args.modules or TESTS:
+    for module in args.modules or MODULES:
         rows = found["modules"].get(module, {}).get("survivors", [])
         known = {row["mutant"]: row["equivalent"] for row in rows if row["equivalent"]}
         row = found["modules"][module] = examine(module, args.sample, args.seed, known)
@@ -218,7 +200,7 @@ def main():
         found |= dict(
             seed=args.seed,
             sample=args.sample,
-            command="python tests/mutants.py",
+            command="python tests/tools/mutants.py",
             tool="mutmut's operators",
             device=f"cpu, {platform.machine()}",
         )

@@ -1,7 +1,7 @@
 """The story of a release from an empty environment, command by command: build, install, run, for each row of .ci/matrix.json.
 
-    python tests/release.py --out nbs/results/release.json
-    python tests/release.py --only oldest --python 3.11=/opt/python3.11/bin/python
+    python tests/tools/release.py --out nbs/results/release.json
+    python tests/tools/release.py --only oldest --python 3.11=/opt/python3.11/bin/python
 
 An environment holds the wheel and what it requires, nothing else; the tests come last, with pytest and hypothesis."""
 
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MATRIX = json.loads((ROOT / ".ci" / "matrix.json").read_text())
 TOOLS = (
     "nbdev",
@@ -42,8 +42,8 @@ SHOWN = (
     "ipywidgets",
     "numpy",
 )
-TESTED = ("pruners", "sparselora", "distillation", "storage", "repair", "prune")
-NOT_TESTED = "not killed and not process and not command and not counted"  # they start what is on disk, or take minutes
+TESTED = ("pruning", "adaptation", "checkpoints")  # folders of tests/
+NOT_TESTED = "not slow and not notebook and not browser"
 NO_TOOLS = f"import importlib.util as u; print([t for t in {TOOLS!r} if u.find_spec(t)] or 'no development tools')"
 VERSIONS = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {SHOWN!r}}}))"
 QUICK = "--limit 200 --steps 40 --calibration 32"
@@ -55,15 +55,13 @@ def steps(wheel):
         f"{{bin}}python -m pip install --quiet {wheel}",
         "{bin}python -m pip check",
         f'{{bin}}python -c "{NO_TOOLS}"',
-        '{bin}python -W error -c "import ressa.all"',
+        '{bin}python -W error -c "from ressa import *"',
         f"{{bin}}ressa repair {QUICK} --out walk",
         "{bin}ressa pack --model walk/model --out packed",
         "{bin}ressa unpack --model packed --out plain",
         "{bin}python -m pip install --quiet pytest hypothesis",
-        "{bin}python -m pytest -q -p no:cacheprovider -x -k '"
-        + NOT_TESTED
-        + "' "
-        + " ".join(f"tests/test_{name}.py" for name in TESTED),
+        "{bin}python -m pytest -q -p no:cacheprovider -x --import-mode=importlib "
+        f"-m '{NOT_TESTED}' " + " ".join(f"tests/{name}" for name in TESTED),
     ]
 
 
@@ -111,7 +109,7 @@ def import_seconds(folder, times=5):
     own, others = [], []
     for _ in range(times):
         done = subprocess.run(
-            'env/bin/python -X importtime -c "import ressa.all"',
+            'env/bin/python -X importtime -c "from ressa import *"',
             shell=True,
             cwd=folder,
             capture_output=True,
@@ -230,7 +228,7 @@ def main():
             rows[row["name"]] = story(row, python, wheel)
             about = dict(
                 version=wheel.name.split("-")[1],
-                command="python tests/release.py",
+                command="python tests/tools/release.py",
                 seed=0,
                 device=f"cpu, {platform.machine()}, 1 thread",
                 build=build,

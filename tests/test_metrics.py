@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from tiny_models import picture, tiny
 
+from ressa.evaluation.answers import score
 from ressa.evaluation.lmms_eval import lmms_command
 from ressa.evaluation.metrics import (
     NUMBERS,
@@ -18,7 +19,6 @@ from ressa.evaluation.metrics import (
     agreement,
     metric_of,
     normalise_answer,
-    score,
     vqa_accuracy,
 )
 from ressa.evaluation.retrieval import embed, recall_at, retrieval
@@ -159,8 +159,8 @@ def test_scores_by_type_and_their_interval():
     data = rows_of(answers=[["red"] * 10, ["red"] * 3 + ["blue"] * 7, ["blue"] * 10])
     result = score(["Red.", "red", "red"], data)
     assert result.values.tolist() == pytest.approx([1, 0.9, 0])
-    low, high = result.by_type()["all"]["interval"]
-    assert low <= result.mean <= high and result.by_type()["other"]["n"] == 3
+    low, high = result.interval
+    assert low <= result.score <= high and result.by_type()["other"].n == 3
 
 
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP"])

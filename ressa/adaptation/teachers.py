@@ -189,10 +189,11 @@ def _ask(data, teacher, processor, k, temperature):
 
 # %% ../../nbs/reference/teachers.ipynb #1be1fa0c
 def cache_targets(
-    data: Dataset,  # rows with image, prompt and answer
     teacher: nn.Module | None,  # the dense model; None if the file exists
-    processor,  # its processor
+    data: Dataset,  # examples with image, prompt and answer
+    processor,  # the teacher's processor
     file: str | Path,  # the arrow file; if it exists, it is read and not made again
+    *,
     k: int = 16,  # words kept per answer token
     temperature: float = 1.0,  # T
     batch_size: int = 64,
@@ -250,5 +251,5 @@ class CachedTeacher:
         if "teacher_words" in batch:
             return Targets(batch["teacher_log_p"], batch["teacher_words"])
         raise ValueError(
-            "the rows hold no targets: make them with cache_targets(data, …)"
+            "the rows hold no targets: make them with cache_targets(teacher, data, …)"
         )

@@ -27,7 +27,6 @@ from ressa.cli.walk import (
 )
 from ..devices import pick_device
 from ..evaluation.answers import answer, evaluate
-from ..evaluation.metrics import score
 from ..evaluation.retrieval import retrieval
 from ..files import save_model, write_json
 from ..models.load_model import has_towers, load_model
@@ -68,10 +67,23 @@ def run_evaluate(
         if has_towers(model):
             _print_recall(model, data, processor)
         elif args.data == "easy-vqa":
-            print(evaluate(model, data, processor, batch_size=args.test_batch), "\n")
+            result = evaluate(
+                model,
+                data,
+                processor,
+                metric="exact match",
+                batch_size=args.test_batch,
+            )
+            print(result, "\n")
         else:
-            said = answer(model, data, processor, args.test_batch, max_new_tokens=32)
-            print(score(said, data))
+            result = evaluate(
+                model,
+                data,
+                processor,
+                batch_size=args.test_batch,
+                max_new_tokens=32,
+            )
+            print(result)
 
 # %% ../../nbs/reference/command.ipynb #bafdb49d
 def run_prune(

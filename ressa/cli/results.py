@@ -11,9 +11,8 @@ import sys
 
 from torch import nn
 
-from ..evaluation.answers import Evaluation, answer, evaluate
-from ..evaluation.intervals import won_back
-from ..evaluation.metrics import Scores, score
+from ..evaluation.answers import Evaluation, evaluate
+from ..evaluation.intervals import interval, won_back
 from ..parts import modality_map
 
 # %% ../../nbs/reference/results.ipynb #b62889eb
@@ -35,21 +34,14 @@ ROW_COLORS = dict(
 
 # %% ../../nbs/reference/results.ipynb #c5384c42
 def plain_row(
-    result: Evaluation | Scores,  # what `evaluate` or `score` gave
+    result: Evaluation,  # what `evaluate` or `score` gave
 ) -> dict:  # accuracy, accuracy_ci, by_type
     "A measured model in plain values, under the same names for each kind of data."
-    if isinstance(result, Evaluation):
-        return dict(
-            accuracy=result.accuracy,
-            accuracy_ci=result.accuracy_ci,
-            by_type=result.by_type(),
-        )
-    kinds = {
-        kind: dict(n=found["n"], accuracy=found["mean"], accuracy_ci=found["interval"])
-        for kind, found in result.by_type().items()
+    by_type = {
+        kind: dict(n=part.n, accuracy=part.score, accuracy_ci=part.interval)
+        for kind, part in result.by_type().items()
     }
-    everything = kinds.pop("all")
-    return everything | dict(by_type=kinds, metric=result.metric)
+    return dict(accuracy=result.score, accuracy_ci=result.interval, by_type=by_type)
 
 # %% ../../nbs/reference/results.ipynb #52e879e4
 def measure(
@@ -61,18 +53,34 @@ def measure(
 ) -> dict:  # plain values
     "How good a model is, by question type, and its first answers. Raises `ValueError`."
     if len(tests) == 1:
-        said = answer(model, tests[0], processor, batch_size, 32, progress)
-        return plain_row(score(said, tests[0])) | dict(answers=said[:200], captions=[])
+        result = evaluate(
+            model,
+            tests[0],
+            processor,
+            batch_size=batch_size,
+            max_new_tokens=32,
+            progress=progress,
+        )
+        return plain_row(result) | dict(
+            metric=result.metric, answers=result.answers[:200], captions=[]
+        )
     asked, told = (
-        evaluate(model, rows, processor, batch_size=batch_size, progress=progress)
+        evaluate(
+            model,
+            rows,
+            processor,
+            metric="exact match",
+            batch_size=batch_size,
+            progress=progress,
+        )
         for rows in tests
     )
-    row = told.by_type()["caption"]
+    cider = told.cider()
     return plain_row(asked) | dict(
-        caption_exact=row["accuracy"],
-        caption_exact_ci=row["accuracy_ci"],
-        cider=row["cider"],
-        cider_ci=row["cider_ci"],
+        caption_exact=told.score,
+        caption_exact_ci=told.interval,
+        cider=float(cider.mean()),
+        cider_ci=interval(cider),
         answers=asked.answers[:200],
         captions=told.answers[:50],
     )

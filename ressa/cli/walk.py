@@ -35,7 +35,6 @@ from ..data.easy_vqa import load_easy_vqa, training_rows
 from ..data.hub import load_data, prompt_writer
 from ..devices import pick_device
 from ..evaluation.answers import blind
-from ..evaluation.metrics import score
 from ..files import Steps, read_json, save_model, write_json
 from ..models.load_model import has_towers, load_model, model_batch
 from ..pruning.engine import prune
@@ -173,19 +172,19 @@ def _blind(job):
     if job.args.data == "easy-vqa":
         rows = _in_manner(load_easy_vqa("train"), job.processor)
         return plain_row(blind(rows, job.tests[0]))
-    return plain_row(score(blind(job.rows, job.tests[0]).answers, job.tests[0]))
+    return plain_row(blind(job.rows, job.tests[0]))
 
 # %% ../../nbs/reference/command_walk.ipynb #941ee31a
 def _trained(job, steps, row, model):
     "Repair one pruned copy; notes its seconds under `<row>_training`."
     args, start = job.args, time.perf_counter()
     print(f"· {row.replace('_', ' ')}: {args.steps} steps", file=sys.stderr, flush=True)
-    model, log = repair(
+    report = repair(
         model,
-        job.dense,
         job.rows,
         job.processor,
-        Path(args.out) / "checkpoints" / row,
+        teacher=job.dense,
+        folder=Path(args.out) / "checkpoints" / row,
         steps=args.steps,
         batch_size=args.batch_size,
         learning_rate=args.lr,
@@ -195,7 +194,7 @@ def _trained(job, steps, row, model):
         temperature=args.temperature,
     )
     steps.done["seconds"][f"{row}_training"] = round(time.perf_counter() - start, 2)
-    return model, [line for line in log if "loss" in line]
+    return report.model, [line for line in report.log if "loss" in line]
 
 # %% ../../nbs/reference/command_walk.ipynb #638c5c46
 def _repaired(job, steps, row, model, masks):

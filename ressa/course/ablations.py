@@ -9,7 +9,6 @@ __all__ = ['RIVALS', 'RATES', 'CACHE', 'ROWS', 'rows_of', 'chosen_rows', 'pruned
 import functools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,9 @@ import PIL.Image
 from datasets import Dataset, Image, concatenate_datasets
 from torch import nn
 
-from ..adaptation.adapters import DEFAULT_RANKS, zero_masks, zeros_filled
+from ..adaptation.adapters import zero_masks, zeros_filled
 from ..adaptation.repair import repair
+from ..adaptation.sparse_lora import DEFAULT_RANKS
 from ..adaptation.teachers import CachedTeacher, cache_targets
 from ..allocation.search import allocation_named
 from .bench import bench, one_look_per_image
@@ -95,7 +95,7 @@ def rows_of(
         )
         data = data.remove_columns("image").map(lambda _: grey[0])
     return cache_targets(
-        data, dense, processor, CACHE / f"{kind}.arrow".replace(" ", "-"), k=64
+        dense, data, processor, CACHE / f"{kind}.arrow".replace(" ", "-"), k=64
     )
 
 # %% ../../nbs/studies/ablations.ipynb #2bd19851
@@ -221,19 +221,17 @@ def repair_run(
         )  # cached targets are of answers only
         dense, processor = load_bundled("auto")
         teacher = dense if everywhere else CachedTeacher()
-        with tempfile.TemporaryDirectory() as folder:
-            model, _ = repair(
-                model,
-                teacher,
-                data,
-                processor,
-                folder,
-                steps,
-                seed=seed,
-                disable_tqdm=True,
-                save_strategy="no",
-                **options,
-            )
+        report = repair(
+            model,
+            data,
+            processor,
+            teacher=teacher,
+            steps=steps,
+            seed=seed,
+            disable_tqdm=True,
+            **options,
+        )
+        model = report.model
     found = dict(
         seconds=round(time.perf_counter() - begin, 1),
         zeros_filled=zeros_filled(masks, model),

@@ -4,16 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONTRACTIONS', 'RESTORED', 'NUMBERS', 'PUNCTUATION', 'METRICS', 'agreement', 'normalise_answer', 'vqa_accuracy',
-           'references_of', 'metric_of', 'Scores', 'score', 'cider']
+           'caption_cider', 'references_of', 'metric_of', 'cider']
 
 # %% ../../nbs/reference/metrics.ipynb #d1fa3682
 import re
-from collections import defaultdict
-from dataclasses import dataclass
 
 import numpy as np
-
-from .intervals import interval
 
 # %% ../../nbs/reference/metrics.ipynb #45b05426
 def agreement(
@@ -97,17 +93,23 @@ def _exact(answers, references):
     )
 
 # %% ../../nbs/reference/metrics.ipynb #94544071
-def _cider(answers, references):
-    def plain(text):
+def caption_cider(answers, references):
+    "CIDEr-D of each caption, (n,), 0 to 10, both sides in lower case without punctuation."
+
+    def words_of(text):
         return " ".join(re.findall(r"[\w']+", text.lower()))
 
-    return (
-        cider([plain(a) for a in answers], [[plain(t) for t in r] for r in references])
-        / 10
+    return cider(
+        [words_of(text) for text in answers],
+        [[words_of(text) for text in texts] for texts in references],
     )
 
 
-METRICS = {"VQA accuracy": _vqa, "exact match": _exact, "CIDEr/10": _cider}
+def _cider_tenth(answers, references):
+    return caption_cider(answers, references) / 10
+
+
+METRICS = {"VQA accuracy": _vqa, "exact match": _exact, "CIDEr/10": _cider_tenth}
 
 # %% ../../nbs/reference/metrics.ipynb #b801599d
 def references_of(data) -> list[list[str]]:
@@ -125,60 +127,6 @@ def metric_of(
         return "CIDEr/10"
     several = max(map(len, references_of(data.select(range(min(100, len(data)))))))
     return "VQA accuracy" if several > 1 else "exact match"
-
-# %% ../../nbs/reference/metrics.ipynb #21d969d3
-@dataclass
-class Scores:
-    "What a model said on a data set, and how far each answer is right."
-
-    answers: list[str]
-    values: np.ndarray  # (rows,) in [0, 1]
-    types: list[str]  # question type of each row
-    metric: str  # a key of `METRICS`
-
-    @property
-    def mean(self) -> float:
-        "The mean over rows: the number that is reported."
-        return float(self.values.mean())
-
-    def by_type(self) -> dict:
-        "Per question type, and for all: n, mean and its 95 % interval."
-        groups = defaultdict(list)
-        for i, kind in enumerate(self.types):
-            groups[kind].append(i)
-        rows = dict(sorted(groups.items())) | {"all": list(range(len(self.types)))}
-        return {
-            kind: dict(
-                n=len(inside),
-                mean=float(self.values[inside].mean()),
-                interval=interval(self.values[inside]),
-            )
-            for kind, inside in rows.items()
-        }
-
-    def __repr__(self):
-        lines = [f"{self.metric:>16} {'n':>6} {'mean':>6}   95 % interval"]
-        for kind, row in self.by_type().items():
-            low, high = row["interval"]
-            lines.append(
-                f"{kind:>16} {row['n']:6d} {row['mean']:6.3f}   {low:.3f} to {high:.3f}"
-            )
-        return "\n".join(lines)
-
-# %% ../../nbs/reference/metrics.ipynb #cef8b2fa
-def score(
-    answers: list[str],  # one per row
-    data,  # rows of the house
-    metric: str | None = None,  # a key of `METRICS`; None: the one that fits the rows
-) -> Scores:
-    "Judge answers. Raises `ValueError` for an unknown metric or if the numbers differ."
-    metric = metric or metric_of(data)
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {list(METRICS)}, not {metric!r}")
-    if len(answers) != len(data):
-        raise ValueError(f"{len(answers)} answers to {len(data)} rows")
-    values = METRICS[metric](answers, references_of(data))
-    return Scores(answers, values, data["question_type"][:], metric)
 
 # %% ../../nbs/reference/metrics.ipynb #96103bc0
 def cider(

@@ -162,7 +162,6 @@ def right_calls(folder):
     from ressa.adaptation.teachers import ModelTeacher
     from ressa.checkpoints.packing import pack_tensor
     from ressa.checkpoints.sparse import save_sparse
-    from ressa.evaluation.answers import Evaluation
     from ressa.parts import modality_map
     from ressa.pruning.methods import method_of
     from ressa.pruning.report import LayerReport, PruneReport
@@ -295,7 +294,7 @@ def right_calls(folder):
             temperature=1.0,
             batch_size=4,
         ),
-        without_prompt=dict(ids=torch.arange(6)[None], prompt=torch.arange(3)[None]),
+        without_prompt=dict(generated=torch.arange(6)[None], prompt=torch.arange(3)[None]),
         answer=dict(
             model=model,
             data=rows,
@@ -310,7 +309,7 @@ def right_calls(folder):
         interval=dict(values=[0.0, 1.0, 1.0], draws=10, level=0.95),
         cider=dict(predictions=["a red circle"], references=["a red circle"]),
         exact_match=dict(model=model, batches=[batch]),
-        blind=dict(train=rows[:], test=rows[:]),
+        blind=dict(train=rows, test=rows),
         won_back=dict(repaired=0.5, start=0.2, dense=0.9),
         png=dict(figure=lambda: plt.figure(figsize=(1, 1))),
         control=dict(choice=(0.0, 1.0), start=0.5),
@@ -407,8 +406,9 @@ def right_calls(folder):
         mirror=dict(batch=batch, share=0.5),
         last_whole_checkpoint=dict(folder=folder),
         load_bundled=dict(device="cpu"),
-        redrawn=dict(x=np.ones((2, 4)), draws=3),
-        won_interval=dict(
+        bootstrap_means=dict(values=np.ones((2, 4)), draws=3),
+        paired_interval=dict(first=np.ones((2, 4)), second=np.zeros(4), draws=3),
+        won_back_interval=dict(
             repaired=np.ones((2, 4)) * 0.8, start=np.zeros((2, 4)), dense=np.ones(4)
         ),
         chosen_rows=dict(kind="true answers", pairs=4),

@@ -360,13 +360,13 @@ def judging():
     yield call(
         "wrong length",
         "Evaluation: fewer answers",
-        lambda: E(["a"], ["a", "b"], ["x", "x"]).accuracy,
+        lambda: E(["a"], [["a"], ["b"]], np.ones(2), ["x", "x"], "exact match"),
         "answers",
     )
     yield call(
         "wrong length",
         "Evaluation: fewer types",
-        lambda: E(["a", "b"], ["a", "b"], ["x"]).by_type(),
+        lambda: E(["a", "b"], [["a"], ["b"]], np.ones(2), ["x"], "exact match"),
         "types",
     )
     yield call("empty", "interval: nothing", lambda: evaluation.interval([]), "values")

@@ -74,13 +74,13 @@ class StoredWeight:
 
     def replace(
         self,
-        new: torch.Tensor,  # (out, in), on any device; stored in the old weight's dtype
+        new: torch.Tensor,  # (out, in), of any device and dtype
     ) -> None:
         "Store `new` in place of the weight: a copy in memory, or a new file on disk."
-        stored = self.read()
         if self.place != "disk":
-            stored.copy_(new)
+            self.read().copy_(new)
             return
-        new = new.to("cpu", stored.dtype).contiguous()
+        # accelerate casts what it fetches to the placeholder's dtype
+        new = new.to("cpu", self.layer.weight.dtype).contiguous()
         loader = self.disk_loader
         offload_weight(new, self.disk_name, loader.save_folder, loader.index)

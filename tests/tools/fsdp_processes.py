@@ -23,7 +23,7 @@ def main(folder, batch_size):
     model, dense, processor, train = patient_and_dense()
     rows = long_answers(train.select(range(24)))
     rows = cache_targets(
-        rows, dense, processor, folder / f"targets{state.process_index}.arrow"
+        dense, rows, processor, folder / f"targets{state.process_index}.arrow"
     )
     set_seed(0)
     student = get_peft_model(model, SparseLoraConfig(r=2))

@@ -44,7 +44,9 @@ def repaired(folder, held_out=6, patience=None, **options):
         options |= dict(
             patience=patience, held_out=train.select(range(20, 20 + held_out))
         )
-    return repair(model, dense, train, processor, folder, **options)[0]
+    return repair(
+        model, train, processor, teacher=dense, folder=folder, **options
+    ).model
 
 
 def weights_of(model, checkpoint, adapter):

@@ -256,7 +256,7 @@ def cost_of_teachers(n=512, rows=64, rounds=5):
     train = train.select(range(n))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "said.arrow"
-        cached = cache_targets(train, dense, processor, file, WORDS)
+        cached = cache_targets(dense, train, processor, file, k=WORDS)
         lines, bytes_per_row = Dataset.from_file(str(file)), file.stat().st_size / n
         batches = [
             collate_targets([cached[j] for j in range(i, i + rows)], processor)

@@ -129,7 +129,7 @@ def commands():
     def save(out):
         if out.exists():
             return 0
-        save_sparse(model, out, max_shard_size=2e5)
+        save_sparse(model, None, out, max_shard_size=2e5)
 
     return {
         "ressa prune": (command("prune"), "model"),
@@ -211,8 +211,8 @@ def odd_arguments(counts, rounds, folder):
 def damaged(counts, rounds, folder):
     "Random damage to a packed model: bytes turned over, runs of zeros, cuts, files gone or exchanged."
     pristine = folder / "pristine"
-    save_sparse(load_bundled("cpu")[0], pristine, max_shard_size=2e5)
-    whole = {name: t.clone() for name, t in load_sparse(pristine).state_dict().items()}
+    save_sparse(load_bundled("cpu")[0], None, pristine, max_shard_size=2e5)
+    whole = {name: t.clone() for name, t in load_sparse(pristine)[0].state_dict().items()}
 
     def turn(data):
         data[random.randrange(len(data))] ^= 1 << random.randrange(8)
@@ -245,7 +245,7 @@ def damaged(counts, rounds, folder):
                 kind(data)
                 a.write_bytes(data)
             try:
-                again = load_sparse(copy).state_dict()
+                again = load_sparse(copy)[0].state_dict()
             except ValueError:
                 fine, what = True, ""
             except Exception as error:
@@ -376,7 +376,7 @@ def read_only(counts, rounds, folder):
             shutil.rmtree(folder / "free")
         shutil.rmtree(parent)
     packed = folder / "packed"
-    save_sparse(load_bundled("cpu")[0], packed)
+    save_sparse(*load_bundled("cpu"), packed)
     packed.chmod(0o555)
     code = ended(forked(lambda: load_sparse(packed) and 0, modes=True))
     counts.note("read-only, read: load_sparse", code == 0, f"exit {code}")
@@ -395,10 +395,17 @@ def same_again(counts, rounds, folder):
 
     def once(seed, place):
         model, dense, processor, rows = patient()
-        model, _ = repair(
-            model, dense, rows, processor, place, steps=3, batch_size=4, seed=seed
+        report = repair(
+            model,
+            rows,
+            processor,
+            teacher=dense,
+            folder=place,
+            steps=3,
+            batch_size=4,
+            seed=seed,
         )
-        return [w.clone() for w in model.parameters()]
+        return [w.clone() for w in report.model.parameters()]
 
     for seed in range(rounds):
         first, second = (once(seed, folder / f"same{i}") for i in (1, 2))

@@ -123,7 +123,7 @@ def select(
     validate_target(sparsity, pattern, score.shape[1])
     if group not in ("row", "layer"):
         raise ValueError(f"group must be 'row' or 'layer', not {group!r}")
-    # One sum finds most faults; but finite scores of 16 bits may have an infinite sum.
+    # A finite sum proves all scores finite; but finite scores can have an infinite sum.
     if not score.sum().isfinite() and not score.isfinite().all():
         raise ValueError(
             "the score holds NaN or infinity: check weights and calibration inputs"

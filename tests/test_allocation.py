@@ -39,7 +39,7 @@ from ressa.data.collate import calibration_batch
 from ressa.parts import modality_map
 from ressa.pruning.engine import prune
 from ressa.pruning.masks import validate_target, has_pattern, select
-from ressa.pruning.methods import as_target
+from ressa.pruning.methods import target_keywords
 
 widths = st.integers(1, 16).map(lambda n: 8 * n)
 any_shapes = st.lists(
@@ -79,7 +79,7 @@ def test_a_budget_is_met_or_refused(shapes, data):
     assert abs(achieved(got, shapes) - sparsity) * total_of(shapes) <= bound
     assert list(got) == list(shapes) and {name: got[name] for name in fixed} == fixed
     for name, shape in free.items():
-        validate_target(**as_target(got[name]), in_features=shape[1])
+        validate_target(**target_keywords(got[name]), in_features=shape[1])
         assert zeros_of(got[name], shape) <= cap * math.prod(shape) + 1e-6
         assert isinstance(got[name], str) == (
             m is not None and zeros_of(got[name], shape) > 0
@@ -89,7 +89,7 @@ def test_a_budget_is_met_or_refused(shapes, data):
 @settings(max_examples=60, deadline=None)
 @given(any_target, st.integers(1, 9), widths)
 def test_what_is_counted_is_what_falls(target, out, width):
-    mask = select(torch.rand(out, width), **as_target(target))
+    mask = select(torch.rand(out, width), **target_keywords(target))
     assert (~mask).sum().item() == zeros_of(target, (out, width))
 
 

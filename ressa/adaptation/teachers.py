@@ -18,7 +18,7 @@ from torch import nn
 from .distillation import Targets, _answer_places, _flat, top_targets
 from ..data.collate import collate
 from ..devices import to_device
-from ..models.load_model import is_causal
+from ..models.inputs import is_causal
 from ..parts import modality_map
 
 # %% ../../nbs/reference/teachers.ipynb #1bbd0e92

@@ -24,7 +24,7 @@ from ressa.adaptation.teachers import (
     model_inputs,
 )
 from ..data.collate import collate
-from ..models.load_model import is_causal
+from ..models.inputs import is_causal
 
 # %% ../../nbs/reference/trainer.ipynb #2849e786
 class QuietProgress(ProgressCallback):

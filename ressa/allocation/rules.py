@@ -23,8 +23,8 @@ from ressa.allocation.budgets import (
 )
 from ..devices import to_device
 from ..parts import modality_map
-from ..pruning.engine import dense_statistics
-from ..pruning.passes import number_of_rows, split_rows
+from ..pruning.engine import input_statistics
+from ..pruning.passes import number_of_examples, take_examples
 from ..pruning.statistics import Statistics
 
 # %% ../../nbs/reference/rules.ipynb #933e6cc8
@@ -109,7 +109,7 @@ def owl(
         raise ValueError(f"spread must be in [0, 1), not {spread}")
     layers = modality_map(model).layers
     groups = layer_groups(model, shapes_of(model), by)
-    stats = dense_statistics(model.eval(), to_device(batch, model.device))
+    stats = input_statistics(model.eval(), to_device(batch, model.device))
     shares = {
         group: outlier_share(
             _weights_of(layers, names), [stats[name] for name in names], factor
@@ -207,10 +207,10 @@ def proportional_sparsity(
 # %% ../../nbs/reference/rules.ipynb #418470b5
 def _equal_pieces(batch, pieces):
     "The rows of a batch in pieces of equal size; the last may be smaller."
-    rows = number_of_rows(batch)
+    rows = number_of_examples(batch)
     size = math.ceil(rows / pieces)
     return [
-        split_rows(dict(batch), rows, start, min(start + size, rows))
+        take_examples(dict(batch), rows, start, min(start + size, rows))
         for start in range(0, rows, size)
     ]
 

@@ -26,8 +26,8 @@ from ressa.allocation.budgets import (
 from .rules import calibration_loss
 from ..devices import to_device
 from ..parts import modality_map, per_layer
-from ..pruning.engine import dense_statistics
-from ..pruning.methods import method_of, prune_alike
+from ..pruning.engine import input_statistics
+from ..pruning.methods import method_of, prune_weights
 from ..pruning.statistics import unusable
 
 # %% ../../nbs/reference/search.ipynb #157b2d0a
@@ -124,7 +124,7 @@ class TrialModel:
         mmap = modality_map(model)
         self.layers = mmap.layers
         self.language_layers = set(mmap.linears["language"])
-        stats = dense_statistics(model, self.batch, self.method)
+        stats = input_statistics(model, self.batch, self.method)
         self.stats = {name: s for name, s in stats.items() if not unusable(s)}
         self.dense_weights = {
             name: layer.weight.data for name, layer in self.layers.items()
@@ -145,7 +145,7 @@ class TrialModel:
     def _set(self, name, target):
         weight = self.dense_weights[name]
         if target and name in self.stats:
-            (weight,) = prune_alike([weight], self.stats[name], target, self.method)
+            (weight,) = prune_weights([weight], self.stats[name], target, self.method)
         self.layers[name].weight.data = weight
         self.applied[name] = target
         if name not in self.language_layers:

@@ -29,7 +29,8 @@ from ..devices import pick_device
 from ..evaluation.answers import answer, evaluate
 from ..evaluation.retrieval import retrieval
 from ..files import save_model, write_json
-from ..models.load_model import has_towers, load_model
+from ..models.inputs import has_towers
+from ..models.load_model import load_model
 
 # %% ../../nbs/reference/command.ipynb #2f331878
 def run_repair(

@@ -8,7 +8,7 @@ __all__ = ['COMMON', 'TESTING', 'PRUNING', 'REPAIR']
 # %% ../../nbs/reference/command_options.ipynb #d866bc65
 import argparse
 
-from ..models.load_model import DTYPES
+from ..devices import DTYPES
 from ..parts import PARTS
 from ..pruning.methods import METHODS
 

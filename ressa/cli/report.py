@@ -14,7 +14,7 @@ import json
 import numpy as np
 
 from .results import HEAD, NAMES, ROW_COLORS, ROWS, summary_rows, verdict
-from ..pruning.report import LayerReport, PruneReport, plot_report
+from ..pruning.report import LayerReport, PruneReport
 
 # %% ../../nbs/reference/report.ipynb #0ede84d9
 def draw_accuracy(
@@ -131,7 +131,7 @@ def html_report(
         + f"<p>{html.escape(verdict(results))}</p>"
         + image_tag(lambda f: draw_accuracy(f, results), "exact answers of each model"),
         "What pruning did to each layer": image_tag(
-            lambda f: plot_report(layers, f.subplots()), "estimated error of each layer"
+            lambda f: layers.plot(f.subplots()), "estimated error of each layer"
         ),
         "Training": image_tag(
             lambda f: draw_training(f, results), "losses of both repairs"

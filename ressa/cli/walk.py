@@ -31,12 +31,14 @@ from ressa.cli.results import (
     plain_row,
     won_back_shares,
 )
-from ..data.easy_vqa import load_easy_vqa, training_rows
-from ..data.hub import load_data, prompt_writer
+from ..data.easy_vqa import load_easy_vqa, training_examples
+from ..data.hub import load_data
+from ..data.prompts import write_prompt
 from ..devices import pick_device
 from ..evaluation.answers import blind
 from ..files import Steps, read_json, save_model, write_json
-from ..models.load_model import has_towers, load_model, model_batch
+from ..models.inputs import has_towers, model_batch
+from ..models.load_model import load_model
 from ..pruning.engine import prune
 
 # %% ../../nbs/reference/command_walk.ipynb #6c11dcd8
@@ -80,7 +82,7 @@ def _in_manner(data, processor):
         return prompt.removeprefix("Question: ").removesuffix(" Short answer:")
 
     prompts = [
-        prompt_writer(processor)("" if kind == "caption" else asked(prompt))
+        write_prompt("" if kind == "caption" else asked(prompt), processor)
         for prompt, kind in zip(data["prompt"][:], data["question_type"][:])
     ]
     return data.remove_columns("prompt").add_column("prompt", prompts)
@@ -89,7 +91,7 @@ def _in_manner(data, processor):
 def _tests(args, processor):
     "What to test on; `--limit` takes the first of easy-VQA's shuffled rows, or of a split."
     if args.data != "easy-vqa":
-        return [load_data(args.data, args.split, args.config, args.limit, processor)]
+        return [load_data(args.data, args.split, config=args.config, limit=args.limit, processor=processor)]
     tests = [load_easy_vqa("test"), load_easy_vqa("test", task="caption")]
     if args.limit:
         tests = [
@@ -101,9 +103,13 @@ def _tests(args, processor):
 def _training(args, processor):
     "The rows to calibrate and to train on."
     if args.data == "easy-vqa":
-        return _in_manner(training_rows(), processor)
+        return _in_manner(training_examples(), processor)
     return load_data(
-        args.data, args.train_split, args.config, args.train_limit, processor
+        args.data,
+        args.train_split,
+        config=args.config,
+        limit=args.train_limit,
+        processor=processor,
     )
 
 

@@ -26,7 +26,7 @@ from ..allocation.search import allocation_named
 from .bench import bench, one_look_per_image
 from .studies import pack_right
 from ..data.collate import calibration_batch, collate
-from ..data.easy_vqa import load_easy_vqa, training_rows
+from ..data.easy_vqa import load_easy_vqa, training_examples
 from ..evaluation.answers import answer, exact_match
 from ..files import write_json
 from ..models.bundled import load_bundled
@@ -79,7 +79,7 @@ def rows_of(
     "Questions once, captions twice, and what the dense model says of them. Raises `ValueError`."
     if kind not in ROWS:
         raise ValueError(f"kind must be one of {ROWS}, not {kind!r}")
-    data, (dense, processor) = training_rows(), load_bundled("auto")
+    data, (dense, processor) = training_examples(), load_bundled("auto")
     CACHE.mkdir(parents=True, exist_ok=True)
     if kind == "teacher's answers":
         file = CACHE / "answers.json"
@@ -154,7 +154,9 @@ def pruned_model(
     batch = calibration_batch(load_easy_vqa("train"), processor, seed=seed)
     pattern = target if isinstance(target, str) and ":" in target else None
     sparsity = None if pattern else _sparsity(target, model, batch, seed)
-    prune(model, batch, method, sparsity, pattern, progress=False)
+    prune(
+            model, batch, method, sparsity=sparsity, pattern=pattern, progress=False
+        )
     return model
 
 # %% ../../nbs/studies/ablations.ipynb #61f6cf81
@@ -175,7 +177,7 @@ def _options(target, row, rate, rank):
 @functools.cache
 def _validation(n):
     "The first n training questions, encoded; rows that `chosen_rows(leave=n)` keeps away."
-    data, processor = training_rows(), load_bundled("auto")[1]
+    data, processor = training_examples(), load_bundled("auto")[1]
     pieces = [range(k, min(k + 500, n)) for k in range(0, n, 500)]
     return [collate([data[i] for i in piece], processor) for piece in pieces]
 

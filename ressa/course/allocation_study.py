@@ -47,7 +47,7 @@ class Staged:
             self.mmap.layers,
             allocation,
             self.method,
-            self.mmap.part_of,
+            part_of=self.mmap.part_of,
             progress=False,
         )
 

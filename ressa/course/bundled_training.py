@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..data.collate import collate
-from ..data.easy_vqa import COLORS, SHAPES, easy_vqa_processor, training_rows
+from ..data.easy_vqa import COLORS, SHAPES, easy_vqa_processor, training_examples
 from ..devices import pick_device
 from ..files import last_whole_checkpoint
 
@@ -241,7 +241,7 @@ def train_answers(
     trainer = Trainer(
         model,
         args,
-        train_dataset=training_rows(),
+        train_dataset=training_examples(),
         data_collator=lambda rows: mirror(collate(rows, processor)),
         optimizers=_one_cycle(_seeing_and_rest(model), list(lr), steps),
     )

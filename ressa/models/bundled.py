@@ -9,24 +9,27 @@ __all__ = ['BUNDLED', 'load_bundled']
 from pathlib import Path
 
 import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 import ressa
-from ..devices import pick_device
+from ..devices import pick_device, pick_dtype
 
 # %% ../../nbs/reference/bundled.ipynb #791e0fed
-BUNDLED = (
-    Path(ressa.__file__).parent / "assets/easy-vqa-instructblip"
-)  # an ordinary checkpoint
+BUNDLED = Path(ressa.__file__).parent / "assets/easy-vqa-instructblip"  # a checkpoint
 
 
 def load_bundled(
-    device: str = "auto",  # where the model goes
-    dtype: torch.dtype = torch.float32,  # of its weights
-):  # → (model, processor)
-    "The bundled dense model, ready to answer, and its processor."
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+    device: str | torch.device = "auto",  # see `pick_device`
+    dtype: str | torch.dtype = "auto",  # number format of the weights; "auto": float32
+) -> tuple[PreTrainedModel, ProcessorMixin]:  # in evaluation mode, on `device`
+    "Load the bundled dense model, ready to answer, and its processor."
     model = AutoModelForImageTextToText.from_pretrained(
-        BUNDLED, dtype=dtype, use_safetensors=True
+        BUNDLED, dtype=pick_dtype(dtype), use_safetensors=True
     )
-    return model.eval().to(pick_device(device)), AutoProcessor.from_pretrained(BUNDLED)
+    processor = AutoProcessor.from_pretrained(BUNDLED)
+    return model.eval().to(pick_device(device)), processor

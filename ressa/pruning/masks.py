@@ -155,7 +155,7 @@ def apply_mask(
             f"mask must be bool of shape {tuple(weight.shape)}, not {mask.dtype} of "
             f"shape {tuple(mask.shape)}"
         )
-    # weight * mask would leave -0.0 in place of a negative weight; its bits times 0 are +0.0.
+    # weight * mask would put -0.0 in place of a negative weight.
     bits = weight.detach().view(_INTEGERS[weight.element_size()])
     return (bits * mask).view(weight.dtype)
 

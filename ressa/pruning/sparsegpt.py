@@ -17,7 +17,7 @@ from .statistics import Statistics
 
 # %% ../../nbs/course/06_sparsegpt.ipynb #d662d980
 def _inverse_of_lower(L):
-    "The inverse of a lower triangular matrix (n, n), by halves: mostly matrix products."
+    "The inverse of a lower triangular matrix (n, n), by halves: mostly products."
     n = len(L)
     if n <= 256:  # small enough to solve at once
         identity = torch.eye(n).to(L)
@@ -44,8 +44,8 @@ def inverse_factor(
 
     Source: Frantar & Alistarh, *SparseGPT*, arXiv 2301.00774.
 
-    Raises `ValueError` if damp is negative, or the statistics lack the Gram matrix, have
-    seen no token, or hold NaN.
+    Raises `ValueError` if damp is negative, or the statistics lack the Gram matrix,
+    have seen no token, or hold NaN.
     """
     if not 0 <= damp < math.inf:
         raise ValueError(f"damp must be a finite number of 0 or more, not {damp}")
@@ -80,13 +80,13 @@ _STRIP = 16  # columns that are corrected one by one, before one product does th
 
 
 def _choose(columns, diagonal, sparsity, pattern):
-    "What to prune of some columns (n, out) with their part of U's diagonal (n, 1): bool."
+    "Which of some columns (n, out) to prune, by their part of U's diagonal (n, 1)."
     score = (columns / diagonal).abs()
     return ~select(score.T, sparsity, pattern, group="layer").T
 
 # %% ../../nbs/course/06_sparsegpt.ipynb #77701772
 def _prune_block(columns, U, strip, sparsity, pattern):
-    "Prune the columns of a block (n, out) in place by its part of U (n, n); returns E (n, out)."
+    "Prune the columns of one block (n, out) in place, with U (n, n); its errors E (n, out)."
     n = len(columns)
     chosen_at_once = parse_pattern(pattern)[1] if pattern else n
     diagonal = U.diagonal()[:, None]
@@ -119,8 +119,8 @@ def sparsegpt(
 ) -> torch.Tensor:  # pruned and corrected, a new tensor
     """Prune column by column, and correct the columns to the right for each removal.
 
-    Pruned are the lowest w_j²/U_jj² of each block over all output rows, or of each group
-    of an N:M pattern; weights of inputs that were always zero become zero.
+    The lowest w_j²/U_jj² are pruned, of each block over all output rows, or of each
+    group of an N:M pattern. Weights of inputs that were always zero become zero.
 
     Source: Frantar & Alistarh, *SparseGPT: Massive Language Models Can Be Accurately
     Pruned in One-Shot*, arXiv 2301.00774, algorithm 1.

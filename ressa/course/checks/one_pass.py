@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...pruning.masks import has_pattern
-from ...pruning.methods import as_target
+from ...pruning.methods import target_keywords
 from ...pruning.report import LayerReport, PruneReport
 from ...pruning.scores import wanda
 from ...pruning.statistics import Statistics
@@ -47,7 +47,7 @@ def check_at_random(
     weight, stats = torch.randn(8, 16), Statistics.of(torch.randn(3, 16))
     before = weight.clone()
     for goal in (0.5, "2:4"):
-        pruned, other = (at_random(weight, stats, **as_target(goal)) for _ in range(2))
+        pruned, other = (at_random(weight, stats, **target_keywords(goal)) for _ in range(2))
         assert torch.equal(weight, before), (
             f"{goal}: the weight was changed in place: copy it"
         )

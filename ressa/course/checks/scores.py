@@ -54,7 +54,7 @@ def check_merge_means(
 
 # %% ../../../nbs/reference/checks/04_scores.ipynb #a2f9a84f
 def check_equally_loud(
-    equally_loud,  # your function of weight (out, in) and x (tokens, in), returning both
+    equally_loud,  # your function of weight (out, in) and x (tokens, in)
 ) -> None:
     "Check the exercise *Magnitude in disguise* on a random layer of four outputs."
     weight = torch.randn(4, 6)

@@ -38,7 +38,7 @@ def check_obs_update(
 
 # %% ../../../nbs/reference/checks/06_sparsegpt.ipynb #c9f45457
 def check_corner_inverse(
-    corner_inverse,  # your function of U (in, in) and the column j where the corner begins
+    corner_inverse,  # your function of U (in, in) and the first column j
 ) -> None:
     "Check the exercise *The triangle* on a random Hessian at each column."
     H = torch.randn(4, 9).double().cov()
@@ -83,7 +83,7 @@ def check_remove_two(
         {"row": row, "hessian": H, "p": p, "q": q},
         wanted=best,
         mistakes={
-            "the first weight must leave the inverse before the second is removed": stale,
+            "the first weight must leave the inverse before the second goes": stale,
             "the others must be corrected for both weights": row.index_fill(0, both, 0),
             "both are zero, but the corrections are not the best: the inverse was not "
             "updated": stale.index_fill(0, both, 0),

@@ -31,7 +31,7 @@ from ressa.adaptation.teachers import (
     model_inputs,
 )
 from ressa.data.collate import calibration_batch, collate
-from ressa.models.load_model import is_causal
+from ressa.models.inputs import is_causal
 from ressa.parts import modality_map
 from ressa.pruning.engine import prune
 

@@ -22,7 +22,7 @@ from ressa.adaptation.sparse_lora import SparseLoraConfig, SparseLoraLinear
 from ressa.adaptation.trainer import RessaArguments, RessaTrainer
 from ressa.course.anatomy import looks_ahead, read_layers
 from ressa.data.collate import collate
-from ressa.models.load_model import is_causal
+from ressa.models.inputs import is_causal
 from ressa.parts import modality_map
 from ressa.pruning.engine import prune
 from ressa.pruning.masks import has_pattern, sparsity_of

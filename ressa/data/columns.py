@@ -12,8 +12,9 @@ from typing import Any
 
 from datasets import Dataset, DatasetInfo, Image, concatenate_datasets
 from datasets.table import InMemoryTable
-from .prompts import write_prompt
 from transformers import ProcessorMixin
+
+from .prompts import write_prompt
 
 # %% ../../nbs/reference/columns.ipynb #f3bec9d3
 # what a column holds → the names that data sets give it; the first that is there is taken

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 
 import easy_vqa
 from datasets import Dataset, Image, concatenate_datasets
-from .prompts import CAPTION_PROMPT, QUESTION_PROMPT, write_prompt
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     InstructBlipProcessor,
@@ -20,6 +19,8 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from .prompts import CAPTION_PROMPT, QUESTION_PROMPT, write_prompt
 
 # %% ../../nbs/reference/easy_vqa.ipynb #451bc82f
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

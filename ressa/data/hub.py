@@ -12,15 +12,16 @@ from datasets import (
     Dataset,
     Image,
     ReadInstruction,
+    Value,
     concatenate_datasets,
     get_dataset_split_names,
     load_dataset,
 )
-from .columns import standard_examples
-from .hub_errors import advice
 from transformers import ProcessorMixin
 
+from .columns import standard_examples
 from .easy_vqa import load_easy_vqa
+from .hub_errors import advice
 
 # %% ../../nbs/reference/hub.ipynb #99263fb8
 TEST_SPLITS = ("validation", "val", "val2014", "testdev", "test", "train")
@@ -92,6 +93,7 @@ def _read_easy_vqa(split, limit, processor, task):
     if limit:
         data = data.select(range(min(limit, len(data))))
     data = data.add_column("answers", [[answer] for answer in data["answer"][:]])
+    data = data.cast_column("image_id", Value("string"))
     return data.select_columns(
         ["image", "prompt", "answer", "answers", "question_type", "image_id"]
     )

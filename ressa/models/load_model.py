@@ -9,7 +9,6 @@ __all__ = ['load_model']
 from pathlib import Path
 
 import torch
-from ..data.hub_errors import advice
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -20,6 +19,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..data.hub_errors import advice
 from ..devices import pick_device, pick_dtype
 from .bundled import load_bundled
 

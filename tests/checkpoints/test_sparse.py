@@ -1,32 +1,21 @@
-"""Packing and sparse checkpoints: exact to the bit, whole or refused, one tensor at a time."""
+"""Sparse checkpoints: exact to the bit, whole or refused, one tensor at a time."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import warnings
-from types import SimpleNamespace
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from random_tensors import random_bits, same
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ressa import packing, storage
-from ressa.checkpoints.packing import (
-    TENSOR_DTYPES,
-    Packed,
-    bits_of,
-    pack_tensor,
-    packed_bytes,
-    unpack_tensor,
-)
-from ressa.checkpoints.semi_structured import accelerate_24
+from ressa.checkpoints import sparse
+from ressa.checkpoints.packing import TENSOR_DTYPES
 from ressa.checkpoints.sparse import (
     load_sparse,
     ordinary_tensors,
@@ -35,75 +24,8 @@ from ressa.checkpoints.sparse import (
     save_sparse,
     unpack,
 )
+from ressa.files import whole_folder
 from ressa.pruning.scores import magnitude
-
-INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def same(a, b):
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and bool((bits_of(a) == bits_of(b)).all())
-    )
-
-
-def random_bits(dtype, shape, sparsity):
-    "A tensor of any bits at all, NaN and -0.0 among them; bools stay bools."
-    if dtype == torch.bool:
-        return torch.rand(shape) >= sparsity
-    width = 8 * dtype.itemsize
-    low = 0 if width == 8 else -(2 ** (width - 1))
-    bits = torch.randint(low, low + 2**width if width < 64 else 2**63 - 1, shape).to(
-        INTS[dtype.itemsize]
-    )
-    sign = torch.tensor(-128 if width == 8 else -(2 ** (width - 1))).to(bits.dtype)
-    bits = torch.where(torch.rand(shape) < 0.1, sign, bits)
-    return torch.where(
-        torch.rand(shape) < sparsity, torch.zeros((), dtype=bits.dtype), bits
-    ).view(dtype)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.sampled_from(list(TENSOR_DTYPES.values())),
-    st.lists(st.integers(0, 9), max_size=4),
-    st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
-    st.integers(0, 2**30),
-)
-def test_any_tensor_survives(dtype, shape, sparsity, seed):
-    torch.manual_seed(seed)
-    tensor = random_bits(dtype, tuple(shape), sparsity)
-    packed = pack_tensor(tensor)
-    assert same(unpack_tensor(packed, dtype, tensor.shape), tensor)
-    assert packed.index.nbytes + packed.values.nbytes <= tensor.nbytes
-    if tensor.dim() > 1:
-        assert same(
-            unpack_tensor(pack_tensor(tensor.mT), dtype, tensor.mT.shape), tensor.mT
-        )
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 15), min_size=1, max_size=200), st.integers(0, 2**30))
-def test_groups_of_four(masks, seed):
-    torch.manual_seed(seed)
-    kept = torch.tensor([[mask >> i & 1 for i in range(4)] for mask in masks])
-    tensor = torch.randn(len(masks), 4) * kept
-    packed = pack_tensor(tensor)
-    assert same(unpack_tensor(packed, tensor.dtype, tensor.shape), tensor)
-    if max(mask.bit_count() for mask in masks) > 2:
-        assert packed.how != "2:4"
-
-
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 2**15 - 1, 2**15, 2**15 + 4, 2**17 + 20])
-def test_chunks(n):
-    for tensor in (
-        random_bits(torch.bfloat16, (n,), 0.7),
-        magnitude(torch.randn(1, n // 4 * 4), pattern="2:4"),
-    ):
-        assert same(
-            unpack_tensor(pack_tensor(tensor), tensor.dtype, tensor.shape), tensor
-        )
 
 
 @pytest.mark.parametrize(
@@ -127,13 +49,13 @@ def test_sizes(tmp_path, target, limit):
 
 
 def packed_folder(path, **tensors):
-    with storage._whole(path) as side:
-        storage._write_packed(side, tensors, 5e9)
+    with whole_folder(path) as side:
+        sparse._write_packed(side, tensors, 5e9)
     return path
 
 
 def everything(folder):
-    return {name: tensor[...] for name, tensor in packed_tensors(folder).items()}
+    return {name: tensor.read() for name, tensor in packed_tensors(folder).items()}
 
 
 def some():
@@ -152,15 +74,15 @@ def test_folder_round_trip(tmp_path, limit):
     tensors = some() | {
         str(dtype): random_bits(dtype, (7, 3), 0.8) for dtype in TENSOR_DTYPES.values()
     }
-    with storage._whole(tmp_path / "a") as side:
-        storage._write_packed(side, tensors, limit)
+    with whole_folder(tmp_path / "a") as side:
+        sparse._write_packed(side, tensors, limit)
     again = everything(tmp_path / "a")
     assert list(again) == list(tensors)
     for name, tensor in tensors.items():
         assert same(again[name], tensor), name
     unpack(tmp_path / "a", tmp_path / "b", max_shard_size=limit)
     plain = {
-        name: tensor[...] for name, tensor in ordinary_tensors(tmp_path / "b").items()
+        name: tensor.read() for name, tensor in ordinary_tensors(tmp_path / "b").items()
     }
     for name, tensor in tensors.items():
         assert same(plain[name], tensor), name
@@ -169,6 +91,7 @@ def test_folder_round_trip(tmp_path, limit):
         assert same(tensor, tensors[name]), name
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_is_found(tmp_path):
     folder = packed_folder(tmp_path / "a", **some())
     before = everything(folder)
@@ -208,7 +131,7 @@ def forge(folder, change):
     table.pop("crc32")
     change(table["tensors"])
     (folder / "sparse.json").write_text(
-        json.dumps(table | {"crc32": storage._sum_of(table)})
+        json.dumps(table | {"crc32": sparse._table_checksum(table)})
     )
 
 
@@ -252,14 +175,14 @@ def test_forged_shapes(tmp_path, name, shape):
 def test_paths_out_of_the_folder(tmp_path, file):
     folder = packed_folder(tmp_path / "a", **some())
     forge(folder, lambda rows: rows["mask"].update(file=file))
-    with pytest.raises(ValueError, match="no name of a safetensors file"):
+    with pytest.raises(ValueError, match="is not the name of a safetensors file"):
         packed_tensors(folder)
     dense = tmp_path / "dense"
     dense.mkdir()
     (dense / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"w": file}})
     )
-    with pytest.raises(ValueError, match="no name of a safetensors file"):
+    with pytest.raises(ValueError, match="is not the name of a safetensors file"):
         pack(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -296,25 +219,6 @@ def test_a_pickle_is_not_opened(tmp_path):
         pack(tmp_path, tmp_path.parent / "out")
 
 
-def test_masks_that_lie():
-    tensor = magnitude(torch.randn(5, 3), sparsity=0.7)
-    how, index, values = pack_tensor(tensor)
-    assert how == "bitmask"
-    more = index.copy()
-    more[1] |= 0x80  # the sixteenth of fifteen weights
-    for bad, why in (
-        (Packed(how, more, values), "more weights than"),
-        (Packed(how, index, values[:-1]), "as many weights"),
-        (Packed(how, index[:4], values), "index and shape"),
-        (Packed("dense", index[:0], values), "values and shape"),
-    ):
-        with pytest.raises(ValueError, match=why):
-            unpack_tensor(bad, tensor.dtype, tensor.shape)
-    codes = Packed("2:4", np.full(8, 255, np.uint8), np.ones(2, np.int32))
-    with pytest.raises(ValueError, match="six patterns"):
-        unpack_tensor(codes, torch.float32, (4,))
-
-
 @pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"version": 1}', "[" * 10**5])
 def test_broken_tables(tmp_path, text):
     (tmp_path / "sparse.json").write_text(text)
@@ -346,7 +250,7 @@ class Full:
 
 def test_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        storage,
+        sparse,
         "open",
         lambda *args, **options: Full(open(*args, **options), 200),
         raising=False,
@@ -360,7 +264,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(storage.Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(
         ValueError, match="target: cannot be written: Permission denied"
     ):
@@ -384,11 +288,11 @@ def test_what_is_there_is_never_touched(tmp_path):
         unpack(folder, folder / "inside")
     with pytest.raises(ValueError, match="packed already"):
         pack(folder, tmp_path / "b")
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         pack(tmp_path / "nowhere", tmp_path / "b")
     with pytest.raises(ValueError, match="max_shard_size"):
-        with storage._whole(tmp_path / "b") as side:
-            storage._write_packed(side, some(), 0)
+        with whole_folder(tmp_path / "b") as side:
+            sparse._write_packed(side, some(), 0)
     assert not (tmp_path / "b").exists()
 
 
@@ -396,15 +300,18 @@ def test_killed_in_the_middle(tmp_path):
     "After the first of several files; nothing of that name is left, and what is left is not accepted."
     code = f"""
 import os, signal, torch
-from ressa import storage
-write = storage._write_file
-def once(*args):
-    if once.done: os.kill(os.getpid(), signal.SIGKILL)
-    once.done = True
-    return write(*args)
-once.done, storage._write_file = False, once
-with storage._whole({str(tmp_path / "target")!r}) as side:
-    storage._write_packed(side, {{str(i): torch.ones(9) for i in range(4)}}, 40)
+from ressa.checkpoints import sparse
+from ressa.files import whole_folder
+write = sparse._write_file
+files = []
+def killed_at_the_second(path, *args):
+    files.append(path)
+    if len(files) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, *args)
+sparse._write_file = killed_at_the_second
+with whole_folder({str(tmp_path / "target")!r}) as part:
+    sparse._write_packed(part, {{str(i): torch.ones(9) for i in range(4)}}, 40)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     left = list(tmp_path.iterdir())
@@ -437,9 +344,10 @@ def llama(tied=True, **options):
 def test_model_round_trip(tmp_path, tied):
     model = llama(tied)
     model.model.layers[0].mlp.up_proj.weight.data[0, :2] = torch.tensor([-0.0, 1e-45])
-    save_sparse(model, tmp_path / "a", max_shard_size=3000)
+    save_sparse(model, None, tmp_path / "a", max_shard_size=3000)
     assert ("lm_head.weight" in packed_tensors(tmp_path / "a")) != tied
-    again = load_sparse(tmp_path / "a")
+    again, processor = load_sparse(tmp_path / "a")
+    assert processor is None
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert same(a, b), name
     for (name, a), b in zip(model.named_buffers(), again.buffers()):
@@ -459,9 +367,9 @@ def test_mixed_dtypes_come_back(tmp_path):
     model = llama().bfloat16()
     model.model.norm.float()
     model.model.layers[1].mlp.down_proj.to(torch.float64)
-    save_sparse(model, tmp_path / "a")
+    save_sparse(model, None, tmp_path / "a")
     for (name, a), b in zip(
-        model.state_dict().items(), load_sparse(tmp_path / "a").state_dict().values()
+        model.state_dict().items(), load_sparse(tmp_path / "a")[0].state_dict().values()
     ):
         assert same(a, b), name
 
@@ -469,14 +377,17 @@ def test_mixed_dtypes_come_back(tmp_path):
 def test_twins_that_are_no_longer_tied(tmp_path):
     model = llama(tied=True)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)
-    save_sparse(model, tmp_path / "a")
+    save_sparse(model, None, tmp_path / "a")
     assert "lm_head.weight" in packed_tensors(tmp_path / "a")
 
 
 def test_bundled_model(tmp_path, bundled):
     model, processor = bundled
-    save_sparse(model, tmp_path / "a", processor)
-    again = load_sparse(tmp_path / "a")
+    save_sparse(model, processor, tmp_path / "a")
+    again, loaded_processor = load_sparse(tmp_path / "a")
+    assert type(loaded_processor) is type(processor)
+    vocabulary = processor.tokenizer.get_vocab()
+    assert loaded_processor.tokenizer.get_vocab() == vocabulary
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert same(a, b), name
     with pytest.raises(OSError, match="no file named model.safetensors"):
@@ -486,7 +397,7 @@ def test_bundled_model(tmp_path, bundled):
 
 
 def test_config_and_weights_that_differ(tmp_path):
-    save_sparse(llama(), tmp_path / "a")
+    save_sparse(llama(), None, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
 
     def expect(message, **change):
@@ -502,7 +413,7 @@ def test_config_and_weights_that_differ(tmp_path):
 
 
 def test_damage_is_named_through_the_loader(tmp_path):
-    save_sparse(llama(), tmp_path / "a")
+    save_sparse(llama(), None, tmp_path / "a")
     path = next((tmp_path / "a").glob("sparse-*"))
     whole = bytearray(path.read_bytes())
     whole[-1] ^= 1
@@ -517,12 +428,12 @@ def test_what_is_no_model(tmp_path):
     adapted = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     for bad in (nn.Linear(2, 2), adapted):
         with pytest.raises(ValueError, match="merge adapters first"):
-            save_sparse(bad, tmp_path / "a")
+            save_sparse(bad, None, tmp_path / "a")
     config = llama().config
     with torch.device("meta"):
         empty = LlamaForCausalLM(config)
     with pytest.raises(ValueError, match="meta device"):
-        save_sparse(empty, tmp_path / "a")
+        save_sparse(empty, None, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -553,13 +464,14 @@ def test_the_rest_of_a_folder(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_saving_and_loading(tmp_path):
     "49 layers of 4 MiB each: beside the model, about one of them. (3.4, 1.0, 0.0 and -2.9 MiB when it was written.)"
     code = f"""
 import threading, time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from ressa.storage import load_sparse, pack, save_sparse, unpack
+from ressa.checkpoints.sparse import load_sparse, pack, save_sparse, unpack
 def held(): return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
 def peak(function):
     function_done, top, start = threading.Event(), [0], held()
@@ -572,13 +484,13 @@ config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=1024, nu
 model = LlamaForCausalLM(config)
 with torch.no_grad():
     for weight in model.parameters(): weight.mul_(torch.rand_like(weight) < 0.5)
-save_sparse(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)), {str(tmp_path / "w")!r})
+save_sparse(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)), None, {str(tmp_path / "w")!r})
 load_sparse({str(tmp_path / "w")!r})
 size = sum(t.nbytes for t in model.state_dict().values()) / 2 ** 20
-saving = peak(lambda: save_sparse(model, {str(tmp_path / "a")!r}))[0]
+saving = peak(lambda: save_sparse(model, None, {str(tmp_path / "a")!r}))[0]
 unpacking = peak(lambda: unpack({str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}))[0]
 packing = peak(lambda: pack({str(tmp_path / "b")!r}, {str(tmp_path / "c")!r}))[0]
-loading, again = peak(lambda: load_sparse({str(tmp_path / "a")!r}))
+loading, (again, _) = peak(lambda: load_sparse({str(tmp_path / "a")!r}))
 print(size, saving, unpacking, packing, loading - size)
 """
     out = subprocess.run(
@@ -591,77 +503,25 @@ print(size, saving, unpacking, packing, loading - size)
     )  # MiB: a tensor of 4, its packed form, and what an allocator keeps
 
 
-def test_swap_only_where_it_wins(monkeypatch):
-    gains = {(8, 1): 2.0, (8, 9): 3.0, (12, 1): 2.0, (12, 9): 0.9}
-    monkeypatch.setattr(
-        packing,
-        "measured_gain",
-        lambda weight, convert, n, rounds: gains[weight.shape[1], n],
-    )
-    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4), nn.Linear(4, 4))
-    for layer in model[:2]:
-        layer.weight.data = magnitude(layer.weight.data, pattern="2:4")
-    x = torch.randn(5, 8)
-    before = model(x)
-    warnings.filterwarnings("ignore", message="Sparse CSR")
-    found = packing._swap(model, torch.Tensor.to_sparse_csr, (1, 9), 3)
-    assert found == {"0": {1: 2.0, 9: 3.0}, "1": {1: 2.0, 9: 0.9}}
-    assert [layer.weight.layout for layer in model] == [
-        torch.sparse_csr,
-        torch.strided,
-        torch.strided,
-    ]
-    assert torch.allclose(model(x), before, atol=1e-6)
-
-
-def test_a_layer_that_cannot_be_converted_says_why():
-    layer = nn.Linear(8, 8)
-    layer.weight.data = magnitude(layer.weight.data, pattern="2:4")
-
-    def refuse(weight):
-        raise RuntimeError("only 64 by 64 and more")
-
-    assert packing._swap(nn.Sequential(layer), refuse, (1,), 3) == {
-        "0": "only 64 by 64 and more"
-    }
-    assert layer.weight.layout == torch.strided
-
-
-def test_a_cpu_is_refused():
-    with pytest.raises(ValueError, match="tokens must name one"):
-        accelerate_24(nn.Linear(8, 8), tokens=())
-    with pytest.raises(ValueError, match="the model is on cpu"):
-        accelerate_24(nn.Linear(8, 8))
-    assert packed_bytes("dense", 10, 3, 2) == 20
-
-
-def test_an_old_gpu_is_refused(monkeypatch):
-    weight = SimpleNamespace(device=torch.device("cuda", 0))
-    model = SimpleNamespace(parameters=lambda: iter([weight]))
-    monkeypatch.setattr(packing, "_swap", lambda *args: "swapped")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(ValueError, match="8.0 or more; the model is on cuda:0"):
-        accelerate_24(model)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert accelerate_24(model) == "swapped"
-
-
-def test_an_unknown_way_is_refused():
-    message = "how must be 'dense', 'bitmask' or '2:4', not 'zip'"
-    with pytest.raises(ValueError, match=message):
-        packed_bytes("zip", 8, 4, 2)
-    with pytest.raises(ValueError, match=message):
-        unpack_tensor(
-            pack_tensor(torch.eye(8))._replace(how="zip"), torch.float32, (8, 8)
-        )
-
-
 def test_a_configuration_of_other_sizes_is_named(tmp_path, bundled):
-    "A digit of config.json that changed: fuzzing met it."
-    save_sparse(bundled[0], tmp_path / "packed")
+    "One digit of config.json was changed."
+    save_sparse(bundled[0], None, tmp_path / "packed")
     path = tmp_path / "packed" / "config.json"
     config = json.loads(path.read_text())
     config["text_config"]["intermediate_size"] *= 2
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="config.json"):
         load_sparse(tmp_path / "packed")
+
+
+def test_a_damaged_processor_is_named(tmp_path, bundled):
+    save_sparse(*bundled, tmp_path / "packed")
+    (tmp_path / "packed" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="its processor cannot be loaded"):
+        load_sparse(tmp_path / "packed")
+
+
+def test_no_file_holds_more_than_the_limit():
+    tensors = {str(i): torch.ones(10) for i in range(7)}
+    for limit, files in ((40, 7), (80, 4), (120, 3), (1e9, 1)):
+        assert len(sparse._shards(tensors, limit)) == files

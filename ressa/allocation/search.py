@@ -17,7 +17,7 @@ from torch import nn
 
 from ressa.allocation.budgets import (
     ROUNDING_SLACK,
-    Steps,
+    LayerSteps,
     layer_groups,
     meet_budget,
     shapes_of,
@@ -202,7 +202,7 @@ class _Grid:
         targets = {}
         for group, names in self.groups.items():
             for name in names:
-                layer = Steps.of(self.shapes[name], m=self.m)
+                layer = LayerSteps.of(self.shapes[name], m=self.m)
                 count = round(counts[group] * layer.group / self.steps)
                 # a narrow layer may round to all of its weights: keep one of each row
                 targets[name] = layer.target(min(count, layer.group - 1))

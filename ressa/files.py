@@ -68,6 +68,7 @@ def _put_in_place(part, folder, replaced, replace_model):
 @contextlib.contextmanager
 def whole_folder(
     folder: str | Path,  # a folder that does not exist yet, or an empty one
+    *,
     replace_model: bool = False,  # a model that is there is replaced
 ) -> Iterator[Path]:  # the temporary folder to write into
     """Write a folder completely or not at all.
@@ -78,7 +79,8 @@ def whole_folder(
     `replace_model` restores the old model and removes the remains.
 
     Raises `ValueError` if `folder` holds anything that must not be replaced, and if
-    the system cannot write (full disk, missing permission)."""
+    the system cannot write (full disk, missing permission).
+    """
     folder = Path(os.path.abspath(folder))
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     replaced = folder.with_name(f".{folder.name}.old")
@@ -104,7 +106,8 @@ def save_model(
 ) -> None:
     """Save a model and its processor in one folder, completely or not at all.
 
-    Raises `ValueError` as `whole_folder` does."""
+    Raises `ValueError` as `whole_folder` does.
+    """
     with whole_folder(folder, replace_model=True) as part:
         model.save_pretrained(part, safe_serialization=True)
         processor.save_pretrained(part)
@@ -116,11 +119,13 @@ JSON_LIMIT = 10**8  # bytes: far above every file that this library writes
 def write_json(
     path: str | Path,  # the file; its folder must exist
     data,  # plain values: dictionaries, lists, texts, numbers
+    *,
     indent: int | None = None,  # spaces for each level; None writes one line
 ) -> None:
     """Write a JSON file completely or not at all.
 
-    Raises `ValueError` if `path` is there and is not a file."""
+    Raises `ValueError` if `path` is there and is not a file.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: exists and is not a file. Choose another name.")
@@ -134,12 +139,14 @@ def write_json(
 # %% ../nbs/reference/files.ipynb #858643d2
 def read_json(
     path: str | Path,  # a file with one JSON object
+    *,
     max_bytes: float = JSON_LIMIT,  # a larger file is not read
 ) -> dict:
     """Read a JSON file.
 
     Raises `ValueError` that names the file if it does not exist, is not a regular
-    file, is larger than `max_bytes`, or does not hold one JSON object."""
+    file, is larger than `max_bytes`, or does not hold one JSON object.
+    """
     path = Path(path)
     try:
         if not path.exists():

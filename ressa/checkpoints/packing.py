@@ -29,7 +29,8 @@ def packed_bytes(
 ) -> int:
     """Bytes of a tensor that is stored in one of the three ways.
 
-    Raises `ValueError` for another way, and for numbers that do not fit together."""
+    Raises `ValueError` for another way, and for numbers that do not fit together.
+    """
     if how not in WAYS:
         raise ValueError(f"how must be 'dense', 'bitmask' or '2:4', not {how!r}")
     if not (0 <= kept <= n and size >= 0):
@@ -79,7 +80,8 @@ def bits_of(
 ) -> np.ndarray:  # (n,) whole numbers of the same width
     """The bits of a tensor, in order.
 
-    Raises `ValueError` for sparse layouts, the meta device and other dtypes."""
+    Raises `ValueError` for sparse layouts, the meta device and other dtypes.
+    """
     if tensor.is_meta:
         raise ValueError("a tensor on the meta device cannot be stored")
     if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
@@ -212,7 +214,8 @@ def pack_tensor(
 ) -> Packed:
     """Pack a tensor in the smallest of the three ways, exact to the bit.
 
-    Raises `ValueError` as `bits_of` does."""
+    Raises `ValueError` as `bits_of` does.
+    """
     bits = bits_of(tensor)
     n = len(bits)
     mask = _mask_of_bits(bits)

@@ -33,7 +33,8 @@ def measured_gain(
 ) -> float:  # above 1: the converted weight is faster by this factor
     """How many times faster a linear layer is with a converted weight, by median.
 
-    Raises `ValueError` for a weight that is not a matrix, and for less than 1 token."""
+    Raises `ValueError` for a weight that is not a matrix, and for less than 1 token.
+    """
     if weight.ndim != 2 or tokens < 1:
         raise ValueError(
             f"weight {tuple(weight.shape)}, tokens={tokens}: "
@@ -61,7 +62,8 @@ def convert_where_faster(
 ) -> dict[str, dict[int, float] | str]:  # layer → tokens → gain; or why it has none
     """Convert the weights of 2:4 linear layers where this is faster at all `tokens`.
 
-    A layer that cannot be converted stays as it is; the result has its error."""
+    A layer that cannot be converted stays as it is; the result has its error.
+    """
     report: dict[str, dict[int, float] | str] = {}
     for name, layer in model.named_modules():
         if type(layer) is not nn.Linear or not has_pattern(layer.weight, "2:4"):
@@ -89,7 +91,8 @@ def accelerate_24(
     """Give 2:4 layers torch's semi-structured weights where that is faster.
 
     Raises `ValueError` if `tokens` is empty, and if the model is not on a GPU with 2:4
-    in its hardware."""
+    in its hardware.
+    """
     if not tokens:
         raise ValueError("tokens must name one number of tokens or more")
     device = next(model.parameters()).device

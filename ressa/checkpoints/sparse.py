@@ -216,7 +216,8 @@ class StoredTensor:
     """A tensor in a file: dtype and shape are known, the values are read on demand.
 
     `stored.read()` gives the tensor. `stored[...]` gives the same; transformers reads
-    the tensors of a state dictionary in this way, one after the other."""
+    the tensors of a state dictionary in this way, one after the other.
+    """
 
     def __init__(
         self,
@@ -335,7 +336,8 @@ def packed_tensors(
 ) -> dict[str, StoredTensor]:
     """The tensors of a packed folder by name; each is checked when it is read.
 
-    Raises `ValueError` if the folder is not packed or its table is damaged."""
+    Raises `ValueError` if the folder is not packed or its table is damaged.
+    """
     folder = Path(folder)
     rows = _table(folder)
     files = _open_files(folder, [row.get("file") for row in rows.values()])
@@ -366,7 +368,8 @@ def ordinary_tensors(
 ) -> dict[str, StoredTensor]:
     """The tensors of an ordinary checkpoint by name.
 
-    Raises `ValueError` if there are none, or if one has a dtype that cannot be packed."""
+    Raises `ValueError` if there are none, or if one has a dtype that cannot be packed.
+    """
     folder = Path(folder)
     file_of = _files_of_tensors(folder)
     files = _open_files(folder, file_of.values())
@@ -410,7 +413,8 @@ def save_sparse(
     """Store a model without its zeros, exact to the bit, one tensor at a time.
 
     Raises `ValueError` if the folder is not empty or cannot be written, and if the
-    model is quantized or still has adapters."""
+    model is quantized or still has adapters.
+    """
     tensors = _tensors_to_save(model)
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -457,17 +461,22 @@ def _build(config, tensors, device, folder):
     return model
 
 
-def _stored_processor(folder):
+def _stored_processor(folder, model):
     "The processor of a folder, None if it holds none. Raises `ValueError`."
     from transformers import AutoProcessor
+
+    from ressa.models.load_model import set_up_tokenizer
 
     names = ("processor_config.json", "preprocessor_config.json")
     if not any((folder / name).exists() for name in (*names, "tokenizer_config.json")):
         return None
     try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # loaders raise many kinds
         raise ValueError(f"{folder}: its processor cannot be loaded: {error}") from None
+    if hasattr(processor, "tokenizer"):
+        set_up_tokenizer(processor, model)
+    return processor
 
 # %% ../../nbs/reference/sparse_checkpoints.ipynb #8041c65a
 def load_sparse(
@@ -477,7 +486,8 @@ def load_sparse(
     """Load a packed model, exact to the bit, one tensor at a time, and its processor.
 
     The processor is None if the folder holds none. Raises `ValueError` if the folder
-    is not packed, is damaged, or does not fit its configuration."""
+    is not packed, is damaged, or does not fit its configuration.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     folder = Path(folder)
@@ -490,7 +500,7 @@ def load_sparse(
     model = _build(config, tensors, device, folder)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, _stored_processor(folder)
+    return model, _stored_processor(folder, model)
 
 # %% ../../nbs/reference/sparse_checkpoints.ipynb #acb53978
 _WEIGHT_FILES = (  # weights in any format, and hidden files
@@ -538,7 +548,8 @@ def pack(
     """Pack a checkpoint tensor by tensor, without building the model.
 
     Raises `ValueError` if `source` holds no safetensors or is packed already, and if
-    `folder` is not empty, cannot be written, or lies in `source`."""
+    `folder` is not empty, cannot be written, or lies in `source`.
+    """
     source = Path(source)
     folder = Path(folder)
     _check_folders(source, folder)
@@ -577,7 +588,8 @@ def unpack(
     """Make an ordinary checkpoint of a packed one, tensor by tensor.
 
     Raises `ValueError` if `source` is not packed or is damaged, and if `folder` is
-    not empty, cannot be written, or lies in `source`."""
+    not empty, cannot be written, or lies in `source`.
+    """
     source = Path(source)
     folder = Path(folder)
     _check_folders(source, folder)

@@ -54,7 +54,8 @@ BEGINS = {
 #    A part owns everything below its module. Leave out what is interface, except
 #    where it lies inside a part: then name it too, as "interface".
 # 3. Print `modality_map(model)` and read which layers each part got.
-# 4. Add the class to `tests/test_parts.py`.
+# 4. Add a small model to `tests/tools/tiny_models.py`, and where its parts begin to
+#    the table in `tests/test_parts.py`.
 CLASSES = {
     "VisionEncoderDecoderModel": {"encoder": "vision", "decoder": "language"},
     "Pix2StructForConditionalGeneration": {"encoder": "vision", "decoder": "language"},

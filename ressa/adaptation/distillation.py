@@ -67,7 +67,9 @@ class Targets(NamedTuple):
     Log-probabilities of listed words are those at the temperature they were made for.
     """
 
-    values: torch.Tensor  # (n, vocabulary) logits; with `words`: (n, k+1) log-probabilities
+    values: (
+        torch.Tensor
+    )  # (n, vocabulary) logits; with `words`: (n, k+1) log-probabilities
     words: torch.Tensor | None = None  # (n, k) which words; the last value is the rest
 
     def at(self, rows: torch.Tensor) -> "Targets":
@@ -207,7 +209,9 @@ def _check_answer_targets(targets, answer_tokens, positions):
 def _check_vocabulary(targets, answers, vocabulary):
     "Labels and teacher must speak of the student's words."
     if ((answers < 0) | (answers >= vocabulary)).any():
-        raise ValueError(f"labels must be -100, or words of a vocabulary of {vocabulary}")
+        raise ValueError(
+            f"labels must be -100, or words of a vocabulary of {vocabulary}"
+        )
     if targets is None or targets.words is not None:
         return
     if targets.values.shape[-1] != vocabulary:
@@ -225,7 +229,9 @@ def loss_terms(
     temperature: float = 1.0,  # T
     shift: bool = True,  # as in `answer_logits`
     positions: str = "answer",  # distil on "answer" tokens or, as the paper's code, on "all"
-    tokens: int | torch.Tensor | None = None,  # answer tokens to average over; None: all here
+    tokens: int
+    | torch.Tensor
+    | None = None,  # answer tokens to average over; None: all here
 ) -> tuple[torch.Tensor, torch.Tensor]:  # CE, T²·KL: scalars in nats
     """The two terms of the RESSA loss: cross-entropy with labels, and T²·KL(teacher‖student).
 

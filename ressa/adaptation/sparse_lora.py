@@ -65,9 +65,13 @@ def _fast_masked_weight(weight, A, B):
     if kind in _compiled_devices and not torch.compiler.is_compiling():
         try:
             return _compiled_masked_weight()(weight, A, B)
-        except Exception as error:  # a compiler fails in many ways; the result is the same
+        except (
+            Exception
+        ) as error:  # a compiler fails in many ways; the result is the same
             _compiled_devices.discard(kind)
-            warnings.warn(f"SparseLoRA goes on without torch.compile: {error}")
+            warnings.warn(
+                f"SparseLoRA goes on without torch.compile: {error}", stacklevel=2
+            )
     update = B @ A
     if update.dtype != weight.dtype:
         update = update.to(torch.promote_types(update.dtype, weight.dtype))
@@ -243,7 +247,9 @@ def peft_targets(
         raise ValueError(f"r={r!r} gives no layer a rank")
     for name in ranks:
         if name not in alphas:
-            raise ValueError(f"lora_alpha has no value for {name}, which r gives a rank")
+            raise ValueError(
+                f"lora_alpha has no value for {name}, which r gives a rank"
+            )
     if min(ranks.values()) < 1 or not min(alphas.values()) > 0:
         raise ValueError(f"r={r!r} and lora_alpha={lora_alpha!r} must be above 0")
     return dict(

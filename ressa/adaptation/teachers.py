@@ -15,7 +15,12 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from .distillation import Targets, answer_logits, answer_places, top_targets
+from ressa.adaptation.distillation import (
+    Targets,
+    answer_logits,
+    answer_places,
+    top_targets,
+)
 from ..data.collate import collate
 from ..devices import to_device
 from ..models.inputs import is_causal
@@ -258,13 +263,17 @@ def collate_targets(
     examples: list[dict],  # from `cache_targets`, or without targets
     processor,  # as in `collate`
     causal: bool = True,  # as in `collate`
-) -> dict:  # a batch; with n answer tokens: teacher_log_p (n, k+1), teacher_words (n, k)
+) -> (
+    dict
+):  # a batch; with n answer tokens: teacher_log_p (n, k+1), teacher_words (n, k)
     "`collate`, and the targets of all answer tokens of the batch, one below the other."
     batch = collate(examples, processor, causal=causal)
     if "teacher_words" not in examples[0]:
         return batch
     for name in ("teacher_log_p", "teacher_words"):
-        batch[name] = torch.cat([torch.as_tensor(example[name]) for example in examples])
+        batch[name] = torch.cat(
+            [torch.as_tensor(example[name]) for example in examples]
+        )
     return batch
 
 

@@ -142,7 +142,9 @@ class _MeansLogged(Trainer):
 class _Step(NamedTuple):
     "The optimizer step that a batch is part of."
 
-    tokens: int | torch.Tensor | None  # answer tokens of all its batches; None: of this one
+    tokens: (
+        int | torch.Tensor | None
+    )  # answer tokens of all its batches; None: of this one
     batches: int  # accumulated ones, of all processes
     processes: int
 

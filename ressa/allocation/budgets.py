@@ -26,7 +26,10 @@ def zeros_of(
     target: float | str,  # a sparsity or an N:M pattern
     shape: tuple[int, int],  # (out, in)
 ) -> int:
-    "How many weights a layer loses at a target. Raises `ValueError` for an invalid target."
+    """How many weights a layer loses at a target.
+
+    Raises `ValueError` for an invalid target.
+    """
     rows, width = shape
     if isinstance(target, str):
         validate_target(None, target, width)
@@ -38,9 +41,12 @@ def zeros_of(
 # %% ../../nbs/reference/budgets.ipynb #248bed6b
 def achieved_sparsity(
     allocation: Mapping,  # layer name → target
-    shapes: Mapping,  # layer name → (out, in); may name more layers than the allocation
+    shapes: Mapping,  # layer name → (out, in), of these layers and perhaps of others
 ) -> float:  # fraction of zeros among the weights of the layers in the allocation
-    "The sparsity that an allocation gives. Raises `ValueError` if it is empty or a layer has no shape."
+    """The sparsity that an allocation gives.
+
+    Raises `ValueError` if the allocation is empty or one of its layers has no shape.
+    """
     if not allocation:
         raise ValueError("allocation names no layer")
     for name in allocation:
@@ -52,7 +58,10 @@ def achieved_sparsity(
 
 # %% ../../nbs/reference/budgets.ipynb #534a031a
 class LayerSteps(NamedTuple):
-    "The steps in which a layer can lose weights: one weight of each output row or group of M."
+    """The steps in which a layer can lose weights.
+
+    One step is one weight of each output row or, under an N:M pattern, of each group.
+    """
 
     size: int  # weights in one step
     group: int  # weights in an output row, or M
@@ -85,7 +94,10 @@ class LayerSteps(NamedTuple):
         self,
         count: int,  # number of steps, from 0 to `group` − 1
     ) -> float | str:
-        "A number of steps as a sparsity or pattern. Raises `ValueError` if it is out of range."
+        """A number of steps as a sparsity or pattern.
+
+        Raises `ValueError` if the number is out of range.
+        """
         if not 0 <= count < self.group:
             raise ValueError(f"count must be in 0 … {self.group - 1}, not {count}")
         if self.m is None:
@@ -93,7 +105,7 @@ class LayerSteps(NamedTuple):
         return f"{self.m - count}:{self.m}" if count else 0.0
 
 # %% ../../nbs/reference/budgets.ipynb #c6a41a31
-BISECTIONS = 60  # halve an interval below the resolution of a double, 2⁻⁵³ of its size
+BISECTIONS = 60  # they leave 2⁻⁶⁰ of an interval; a double resolves 2⁻⁵³
 
 
 def _clip(x, low, high):
@@ -107,7 +119,7 @@ def solve_increasing(
     low: float,  # here the function is below `wanted`
     high: float,  # and here at or above it
 ) -> float:
-    "Where an increasing function reaches a value; outside of [low, high], the nearest end."
+    "Where an increasing function reaches a value; the nearest end if it does not."
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if function(middle) < wanted:
@@ -132,7 +144,7 @@ def _zeros_to_place(shapes, sparsity, fixed, steps):
 
 
 def _rounded_to_steps(ideal, steps, wanted):
-    "Ideal numbers of zeros as numbers of steps; what rounding leaves over is passed on."
+    "Ideal numbers of zeros as numbers of steps; the rest of rounding is passed on."
     counts = {}
     left = wanted - sum(ideal.values())
     for name, layer in steps.items():
@@ -150,7 +162,7 @@ def _rounded_to_steps(ideal, steps, wanted):
 
 # %% ../../nbs/reference/budgets.ipynb #1bc3def3
 def _check_layers(shapes, preferred, fixed):
-    "Raise `ValueError` for an unknown fixed layer, or a layer without a preferred sparsity."
+    "Raise `ValueError` for a fixed layer without a shape, or one without a preference."
     for name in fixed:
         if name not in shapes:
             raise ValueError(f"fixed: {name!r} is no layer of this budget")
@@ -173,14 +185,18 @@ def _steps_of_layers(shapes, max_sparsity, m):
 
 def meet_budget(
     shapes: Mapping,  # layer name → (out, in): the layers whose weights are counted
-    preferred: Mapping,  # layer name → preferred sparsity; shifted until the budget is met
+    preferred: Mapping,  # layer name → preferred sparsity, shifted to meet the budget
     sparsity: float,  # the budget: fraction of zeros among all these weights, in [0, 1)
     *,
     max_sparsity: float = 1.0,  # limit of each layer
     m: int | None = None,  # give N:M patterns with this M; None: sparsities
     fixed: Mapping | None = None,  # layer name → target that is already set
 ) -> dict:  # layer name → target
-    "An allocation that meets a budget to half a step of the largest layer. Raises `ValueError`."
+    """An allocation that meets a budget to half a step of the largest layer.
+
+    All preferences are shifted by one constant. Raises `ValueError` if the budget
+    cannot be met, a width does not fit `m`, or a layer has no preferred sparsity.
+    """
     fixed = fixed or {}
     _check_layers(shapes, preferred, fixed)
     free = {name: shape for name, shape in shapes.items() if name not in fixed}
@@ -226,14 +242,17 @@ def shapes_of(
 # %% ../../nbs/reference/budgets.ipynb #bfc66e22
 def allocate(
     model: nn.Module,  # any vision-language model
-    preferred: Mapping,  # layer name → preferred sparsity; shifted until the budget is met
+    preferred: Mapping,  # layer name → preferred sparsity, shifted to meet the budget
     sparsity: float,  # the budget of vision and language together, in [0, 1)
     *,
     max_sparsity: float = 1.0,  # limit of each layer
     m: int | None = None,  # give N:M patterns with this M; None: sparsities
     fixed: Mapping | None = None,  # part, layer or regex → target already set
 ) -> dict:  # layer name → target
-    "`meet_budget` for the vision and language layers of a model. Raises `ValueError`."
+    """`meet_budget` for the vision and language layers of a model.
+
+    Raises `ValueError` as `meet_budget` does, and if a key of `fixed` names no layer.
+    """
     return meet_budget(
         shapes_of(model),
         preferred,
@@ -248,7 +267,10 @@ def zeros_by_part(
     model: nn.Module,  # the model that the allocation is for
     allocation: Mapping,  # layer name → target
 ) -> dict:  # part, and last "all" → {"weights": …, "zeros": …, "sparsity": …}
-    "How many weights an allocation prunes in each part and in all. Raises `ValueError` if it is empty."
+    """How many weights an allocation prunes in each part and in all.
+
+    Raises `ValueError` if the allocation is empty.
+    """
     if not allocation:
         raise ValueError("allocation names no layer")
     mmap = modality_map(model)
@@ -272,7 +294,10 @@ def layer_groups(
     names: Iterable[str],  # names of layers
     by: str = "block",  # one group for each "layer", "block" or "part"
 ) -> dict:  # group → names of its layers
-    "The layers that get a common sparsity. Raises `ValueError` for another `by`."
+    """The layers that get a common sparsity.
+
+    Raises `ValueError` for another `by`.
+    """
     if by == "layer":
         return {name: [name] for name in names}
     if by == "block":

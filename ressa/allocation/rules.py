@@ -36,7 +36,10 @@ def uniform(
     m: int | None = None,  # give N:M patterns with this M; None: sparsities
     fixed: Mapping | None = None,  # part, layer or regex → target already set
 ) -> dict:  # layer name → target
-    "The same sparsity for each layer but for rounding. Raises `ValueError` if the budget cannot be met."
+    """The same sparsity for each layer, but for rounding.
+
+    Raises `ValueError` if the budget cannot be met.
+    """
     return allocate(
         model,
         dict.fromkeys(shapes_of(model), sparsity),
@@ -56,7 +59,10 @@ def by_modality(
     max_sparsity: float = 1.0,  # limit of each layer in a part that is given a sparsity
     m: int | None = None,  # turn sparsities into N:M patterns with this M
 ) -> dict:  # layer name → target
-    "One target for each part. Raises `ValueError` for a target that cannot be met."
+    """One target for each part, met by its layers together.
+
+    Raises `ValueError` for a target that cannot be met.
+    """
     allocation: dict[str, float | str] = {}
     targets = {"vision": vision, "interface": interface, "language": language}
     for part, target in targets.items():
@@ -78,7 +84,10 @@ def outlier_share(
     stats: list[Statistics],  # of the inputs of each weight
     factor: float = 5.0,  # M: an outlier is above this many times the mean score
 ) -> float:  # in [0, 1]
-    "The share of Wanda scores that are outliers (OWL). Raises `ValueError` for an invalid factor."
+    """The share of Wanda scores that are outliers (OWL, arXiv 2310.05175).
+
+    Raises `ValueError` for an invalid factor.
+    """
     if not 0 <= factor < math.inf:
         raise ValueError(f"factor must be a finite number, 0 or more, not {factor}")
     scores = torch.cat(
@@ -104,7 +113,10 @@ def owl(
     m: int | None = None,  # give N:M patterns with this M; None: sparsities
     fixed: Mapping | None = None,  # part, layer or regex → target already set
 ) -> dict:  # layer name → target
-    "Prune blocks with many outliers less (OWL, arXiv 2310.05175). Raises `ValueError`."
+    """Prune less in blocks with more outliers (OWL, arXiv 2310.05175).
+
+    Raises `ValueError` for an invalid factor or spread, or if the budget cannot be met.
+    """
     if not 0 <= spread < 1:
         raise ValueError(f"spread must be in [0, 1), not {spread}")
     layers = modality_map(model).layers
@@ -134,7 +146,10 @@ def calibration_loss(
     model: nn.Module,  # called as model(**batch)
     batch: dict,  # rows with labels
 ) -> float:
-    "The loss of a batch, as the model itself defines it. Raises `ValueError` without labels."
+    """The loss of a batch, as the model itself defines it.
+
+    Raises `ValueError` if the batch has no labels.
+    """
     if "labels" not in batch:
         raise ValueError("the calibration batch needs labels to have a loss")
     return model(**batch).loss.item()
@@ -177,11 +192,14 @@ def proportional_sparsity(
     sparsity: float,  # of all groups together
     max_sparsity: float,  # each group keeps at least 1 − max_sparsity of its weights
 ) -> dict:  # group → sparsity
-    "Keep the least of each group, and the rest by worth (ECoFLaP). Raises `ValueError` for a sparsity."
+    """Keep the least of each group, and the rest in proportion to worth (ECoFLaP).
+
+    Raises `ValueError` unless 0 ≤ sparsity ≤ max_sparsity ≤ 1.
+    """
     if not 0 <= sparsity <= max_sparsity <= 1:
         raise ValueError(
-            "sparsity and max_sparsity must satisfy 0 ≤ sparsity ≤ max_sparsity ≤ 1, "
-            f"not sparsity={sparsity}, max_sparsity={max_sparsity}"
+            "sparsity must be in [0, max_sparsity], and max_sparsity in [0, 1], "
+            f"not sparsity={sparsity} and max_sparsity={max_sparsity}"
         )
 
     def kept(scale):
@@ -228,7 +246,11 @@ def ecoflap(
     m: int | None = None,  # give N:M patterns with this M; None: sparsities
     fixed: Mapping | None = None,  # part, layer or regex → target already set
 ) -> dict:  # layer name → target
-    "Prune blocks along which the loss is steep less (ECoFLaP, arXiv 2310.02998). Raises `ValueError`."
+    """Prune less in blocks where the loss is steeper (ECoFLaP, arXiv 2310.02998).
+
+    Raises `ValueError` for an invalid option, a batch without labels, or a budget that
+    cannot be met.
+    """
     if pieces < 1:
         raise ValueError(f"pieces must be 1 or more, not {pieces}")
     if not 0 < step < math.inf:

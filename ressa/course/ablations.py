@@ -154,9 +154,7 @@ def pruned_model(
     batch = calibration_batch(load_easy_vqa("train"), processor, seed=seed)
     pattern = target if isinstance(target, str) and ":" in target else None
     sparsity = None if pattern else _sparsity(target, model, batch, seed)
-    prune(
-            model, batch, method, sparsity=sparsity, pattern=pattern, progress=False
-        )
+    prune(model, batch, method, sparsity=sparsity, pattern=pattern, progress=False)
     return model
 
 # %% ../../nbs/studies/ablations.ipynb #61f6cf81

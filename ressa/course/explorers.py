@@ -7,94 +7,107 @@ __all__ = ['png', 'control', 'explorer', 'small_multiples']
 
 # %% ../../nbs/reference/explorers.ipynb #7a425364
 import base64
-import contextlib
 import html
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from math import ceil
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+from IPython import display
 from PIL import Image
-
-if TYPE_CHECKING:
-    from IPython import display
+from traitlets import TraitError
 
 # %% ../../nbs/reference/explorers.ipynb #6a890879
 def png(
     figure,  # a matplotlib figure; it is closed
-) -> bytes:  # the figure as a PNG file
-    "A figure as a PNG. Raises `TypeError`."
-    import matplotlib.pyplot as plt  # heavy: who only prunes never pays for it
+) -> bytes:  # a PNG file
+    """A figure as a PNG file; equal figures give equal bytes.
 
+    Raises `TypeError` for anything but a figure.
+    """
     if not hasattr(figure, "savefig"):
         raise TypeError(
             f"draw must return a matplotlib figure, not {type(figure).__name__}"
         )
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", metadata={"Software": None}
-    )  # no version in the bytes
-    plt.close(figure)
+    # Without this, matplotlib writes its version into the file.
+    no_software = {"Software": None}
+    figure.savefig(buffer, format="png", metadata=no_software)
+    plt.close(figure)  # Jupyter would show every figure that is open at a cell's end
     return buffer.getvalue()
 
 # %% ../../nbs/reference/explorers.ipynb #d9b5fde7
 def control(
     choice,  # (low, high), (low, high, step), a list, or a bool
     start=None,  # where it begins; None: the middle, the first, the bool itself
-) -> "widgets.Widget":
-    "The slider, dropdown or checkbox for a choice. Raises `ValueError`."
-    import ipywidgets as widgets
-    from traitlets import TraitError
+) -> widgets.Widget:
+    """The slider, dropdown or checkbox for a choice.
 
-    made = None if choice == [] else widgets.interactive.widget_from_abbrev(choice)
+    Raises `ValueError` if the choice has no control, or if start is not in it.
+    """
+    made = None
+    if choice != []:  # an empty dropdown would be made, and have no value
+        made = widgets.interactive.widget_from_abbrev(choice)
     if made is None:
-        raise ValueError(f"no control for {choice!r}: want a range, a list or a bool")
+        raise ValueError(
+            f"no control for {choice!r}: choice must be a range, a list or a bool"
+        )
     if start is not None:
-        with contextlib.suppress(TraitError):
-            made.value = start
-        if made.value != start:
-            raise ValueError(f"{start!r} is not in {choice!r}")
+        _set(made, start, choice)
     if made.has_trait("continuous_update"):
         made.continuous_update = False
     made.style.description_width = "initial"
     return made
 
-# %% ../../nbs/reference/explorers.ipynb #11c20d17
-def _image(picture, alt, state):
-    words = ", ".join(f"{name} = {value}" for name, value in state.items())
-    data = base64.b64encode(picture).decode()
-    alt = html.escape(f"{alt}: {words}" if alt else words)
-    return (
-        f'<img alt="{alt}" src="data:image/png;base64,{data}" style="max-width: 100%">'
-    )
+
+def _set(made, start, choice):
+    "Set a control; some controls refuse a wrong value, others replace it silently."
+    try:
+        made.value = start
+    except TraitError:
+        pass
+    if made.value != start:
+        raise ValueError(f"start {start!r} is not in {choice!r}")
 
 # %% ../../nbs/reference/explorers.ipynb #9c975d25
-def explorer(
-    draw,  # function of the state, given by keywords → a matplotlib figure
-    /,
-    start: dict
-    | None = None,  # where controls begin; others: the middle, the first, the bool
-    alt: str = "",  # what the picture shows, for who cannot see it; the state is added
-    **choices,  # name in the state → (low, high), (low, high, step), a list, or a bool
-) -> "widgets.VBox":  # the controls in the order given, then the picture
-    "Controls over the picture of their state; an error in `draw` takes the picture's place."
-    import ipywidgets as widgets
+def _image_tag(picture, alt, state):
+    "An HTML image that holds a PNG; its alternative text names the state."
+    words = ", ".join(f"{name} = {value}" for name, value in state.items())
+    text = html.escape(f"{alt}: {words}" if alt else words)
+    data = base64.b64encode(picture).decode()
+    return (
+        f'<img alt="{text}" src="data:image/png;base64,{data}" style="max-width: 100%">'
+    )
 
+
+def explorer(
+    draw: Callable,  # draw(**state) → a matplotlib figure
+    /,
+    start: dict | None = None,  # name → where its control begins, as in `control`
+    alt: str = "",  # what the picture shows, as alternative text; the state is added
+    **choices,  # name → (low, high), (low, high, step), a list, or a bool
+) -> widgets.VBox:  # the controls in the order given, then the picture
+    """Controls over the picture of their state; an error in `draw` takes its place.
+
+    Raises `ValueError` if start names no control, and as `control` does.
+    """
     start = start or {}
-    if extra := start.keys() - choices:
-        raise ValueError(f"start has no control: {sorted(extra)}")
+    unknown = start.keys() - choices.keys()
+    if unknown:
+        raise ValueError(f"start has no control: {sorted(unknown)}")
     controls = {
         name: control(choice, start.get(name)) for name, choice in choices.items()
     }
     picture = widgets.HTML()
 
     def redraw(change=None):
-        state = {name: control.value for name, control in controls.items()}
+        state = {name: made.value for name, made in controls.items()}
         try:
-            picture.value = _image(png(draw(**state)), alt, state)
+            picture.value = _image_tag(png(draw(**state)), alt, state)
         except Exception as error:
-            said = html.escape(f"{type(error).__name__}: {error}")
-            picture.value = f'<pre role="alert">{said}</pre>'
+            message = html.escape(f"{type(error).__name__}: {error}")
+            picture.value = f'<pre role="alert">{message}</pre>'
 
     for name, made in controls.items():
         made.description = name
@@ -104,24 +117,22 @@ def explorer(
 
 # %% ../../nbs/reference/explorers.ipynb #6e9bd38e
 def small_multiples(
-    draw,  # function of the state, given by keywords → a matplotlib figure
-    states,  # the states to draw: dictionaries
-    columns: int = 2,  # pictures in a row
-) -> "display.Image":  # one picture of all
-    "The pictures of some states side by side, for a page without sliders. Raises `ValueError`."
-    from IPython import display
-
+    draw: Callable,  # draw(**state) → a matplotlib figure
+    states: Iterable[dict],  # the states to draw
+    columns: int = 2,  # number of pictures side by side
+) -> display.Image:  # one picture of all
+    "The pictures of some states on one sheet. Raises `ValueError` for no states."
     pictures = [Image.open(io.BytesIO(png(draw(**state)))) for state in states]
     if not pictures:
-        raise ValueError("no states to draw")
+        raise ValueError("states is empty: nothing to draw")
     columns = min(columns, len(pictures))
-    width, height = (
-        max(sizes) for sizes in zip(*(picture.size for picture in pictures))
-    )
-    sheet = Image.new(
-        "RGB", (columns * width, -(-len(pictures) // columns) * height), "white"
-    )
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    rows = ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    sheet.save(buffer := io.BytesIO(), "PNG", optimize=True)
+        row, column = divmod(i, columns)
+        sheet.paste(picture, (column * width, row * height))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
     return display.Image(buffer.getvalue(), format="png")

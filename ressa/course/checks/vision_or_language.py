@@ -14,7 +14,7 @@ from ..checking import expect
 def check_other_share(
     other_share,  # your function of (total, vision, n_vision, n_language)
 ) -> None:
-    "Check exercise 1 on parts of different sizes, with vision the smaller and the larger one."
+    "Check exercise 1 on parts of different sizes, either one the larger."
     rng = np.random.default_rng()
     fewer = 100 * int(rng.integers(1, 5))
     more = 100 * int(rng.integers(6, 12))

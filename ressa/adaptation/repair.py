@@ -64,9 +64,7 @@ class RepairReport:
         if self.held_out is not None:
             before, after = self.held_out
             lines.append(f"held-out score {before:.3f} → {after:.3f}")
-        steps = max((line["step"] for line in self.log), default=0)
-        lines.append(f"zeros filled {self.zeros_filled}, {steps} steps")
-        lines.append(f"{self.seconds:.1f} seconds of training")
+        lines.append(f"zeros filled {self.zeros_filled}")
         return "\n".join(lines)
 
     def plot(
@@ -80,8 +78,8 @@ class RepairReport:
             ax = plt.subplots(figsize=(7, 2.5))[1]
         curves = [
             ("task_loss", "task", PALETTE["labels"], "-"),
-            ("distillation_loss", "distillation", PALETTE["teacher"], "-"),
-            ("eval_loss", "held-out loss", PALETTE["dense"], "--"),
+            ("distillation_loss", "distillation", PALETTE["teacher"], "--"),
+            ("eval_loss", "held out", PALETTE["dense"], "o:"),
         ]
         for name, label, color, style in curves:
             values = self.logged(name)

@@ -189,6 +189,10 @@ class Steps:
             write_json(self.path, self.done)
         return self.done[name]
 
+    def record_seconds(self, name: str, seconds: float) -> None:
+        "Note the time of something that is no step; it is stored with the next step."
+        self.done["seconds"][name] = round(seconds, 2)
+
 # %% ../nbs/reference/files.ipynb #653323d0
 def last_whole_checkpoint(
     folder: str | Path,  # where a trainer keeps its checkpoints

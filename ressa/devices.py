@@ -68,7 +68,7 @@ def to_device(
     batch: Mapping[str, Any],  # name → tensor or any other value
     device: str | torch.device,  # the device of the model
 ) -> dict[str, Any]:
-    "Return the same batch with its tensors on `device`; other values are kept as they are."
+    "Return the batch with its tensors on `device`, and other values as they are."
     moved = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):

@@ -89,7 +89,7 @@ def _roots_by_name(model):
 
 # %% ../nbs/reference/parts.ipynb #5ac9a6d7
 def _root_by_method(model, part):
-    "The path of the module that a model itself names as the beginning of a part, or None."
+    "The path of the module at which a part begins, as the model itself says; or None."
     try:
         if part == "vision":
             answer = model.get_encoder(modality="image")

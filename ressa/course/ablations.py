@@ -22,7 +22,7 @@ from ..adaptation.adapters import zero_masks, zeros_filled
 from ..adaptation.repair import repair
 from ..adaptation.sparse_lora import DEFAULT_RANKS
 from ..adaptation.teachers import CachedTeacher, cache_targets
-from ..allocation.search import allocation_named
+from .allocation_study import named_allocation
 from .bench import bench, one_look_per_image
 from .studies import pack_right
 from ..data.collate import calibration_batch, collate
@@ -137,7 +137,7 @@ def _sparsity(target, model, batch, seed):
         return target
     name, _, number = target.rpartition(" ")
     return (
-        allocation_named(name, model, batch, float(number), seed)
+        named_allocation(name, model, batch, float(number), seed)
         if name
         else float(number)
     )

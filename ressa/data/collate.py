@@ -146,7 +146,7 @@ def draw_examples(
     *,
     seed: int = 0,  # another seed draws other examples
 ) -> list[Mapping[str, Any]]:
-    "Draw `n` examples at random, without replacement. Raises `ValueError` if it has fewer."
+    "Draw examples at random, without replacement. Raises `ValueError` for a wrong `n`."
     if not 1 <= n <= len(data):
         raise ValueError(
             f"n must be between 1 and {len(data)}, the number of examples, not {n}"

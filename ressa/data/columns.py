@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 from .prompts import write_prompt
 
 # %% ../../nbs/reference/columns.ipynb #f3bec9d3
-# what a column holds → the names that data sets give it; the first that is there is taken
+# what a column holds → the names that data sets give it, in the order they are tried
 COLUMNS = {
     "image": ("image", "img", "picture", "image_path", "file_name"),
     "question": ("question", "query"),

@@ -28,7 +28,11 @@ def set_up_tokenizer(
     processor: ProcessorMixin,  # with a tokenizer; changed in place
     model: PreTrainedModel,  # the model that the processor belongs to
 ) -> None:
-    "Pad on the left for a model that generates, and name a padding token if none is."
+    """Set the padding of a tokenizer for its model.
+
+    A model that generates is padded on the left, so that an answer follows its prompt.
+    A tokenizer without a padding token pads with the token that ends a text.
+    """
     if model.can_generate():
         processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:

@@ -45,18 +45,20 @@ VOCABULARY = {
     word: i for i, word in enumerate([*TOKENS, *dict.fromkeys(WORDS.split())])
 }
 SIZE = 64 * (len(VOCABULARY) // 64 + 3)  # room for the tokens that processors add
-ID = VOCABULARY.__getitem__
+
+
+def token_id(token):
+    "The id of a token."
+    return VOCABULARY[token]
 
 
 def tokenizer(**named):
     "One token a word; `named` are special tokens that a processor asks its tokenizer for."
     made = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    made.normalizer, made.pre_tokenizer = (
-        normalizers.Lowercase(),
-        pre_tokenizers.Whitespace(),
-    )
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.post_processor = processors.TemplateProcessing(
-        "<bos> $A", special_tokens=[("<bos>", ID("<bos>"))]
+        "<bos> $A", special_tokens=[("<bos>", token_id("<bos>"))]
     )
     made.add_special_tokens(TOKENS)
     return PreTrainedTokenizerFast(
@@ -72,7 +74,7 @@ def tokenizer(**named):
 
 
 def without_video(cls, *args, **kwargs):
-    "A processor whose video processor would need torchvision: the same class, for images alone."
+    "A processor for images alone; its video processor would need torchvision."
     check = cls.check_argument_for_proper_class
 
     def images_only(self, name, argument):
@@ -83,7 +85,7 @@ def without_video(cls, *args, **kwargs):
 
 
 def images(kind, **options):
-    "An image processor by its class's beginning."
+    "An image processor of transformers that needs no torchvision, by its kind: `CLIP`."
     return getattr(transformers, f"{kind}ImageProcessorPil")(**options)
 
 
@@ -159,7 +161,7 @@ def instructblip(text):
         qformer_config=QFORMER,
         text_config=text,
         num_query_tokens=4,
-        image_token_index=ID("<image>"),
+        image_token_index=token_id("<image>"),
     )
     return config, T.InstructBlipProcessor(
         images("Blip", size=SQUARE), tokenizer(), tokenizer(), num_query_tokens=4
@@ -173,7 +175,7 @@ def blip_2(text):
         qformer_config=QFORMER,
         text_config=text,
         num_query_tokens=4,
-        image_token_index=ID("<image>"),
+        image_token_index=token_id("<image>"),
     )
     return config, T.Blip2Processor(
         images("Blip", size=SQUARE), tokenizer(), num_query_tokens=4
@@ -181,16 +183,15 @@ def blip_2(text):
 
 
 def blip():
-    T, text = (
-        transformers,
-        WIDTH
-        | SPECIAL
-        | dict(max_position_embeddings=256, sep_token_id=2, encoder_hidden_size=16),
+    T = transformers
+    text = dict(
+        max_position_embeddings=256,
+        sep_token_id=2,
+        encoder_hidden_size=16,
+        hidden_act="gelu",
     )
-    return (
-        T.BlipConfig(vision_config=VIT, text_config=text | dict(hidden_act="gelu")),
-        T.BlipProcessor(images("Blip", size=SQUARE), tokenizer()),
-    )
+    config = T.BlipConfig(vision_config=VIT, text_config=WIDTH | SPECIAL | text)
+    return config, T.BlipProcessor(images("Blip", size=SQUARE), tokenizer())
 
 
 def llava(vision_feature_layer=-2):
@@ -198,7 +199,7 @@ def llava(vision_feature_layer=-2):
     config = T.LlavaConfig(
         vision_config=CLIP_VIT | dict(num_hidden_layers=3),
         text_config=LLAMA,
-        image_token_index=ID("<image>"),
+        image_token_index=token_id("<image>"),
         vision_feature_layer=vision_feature_layer,
     )
     pictures = images("CLIP", size={"shortest_edge": 16}, crop_size=SQUARE)
@@ -212,11 +213,12 @@ def llava(vision_feature_layer=-2):
 
 
 def llava_next():
-    T, grid = transformers, [[16, 32], [32, 16], [32, 32]]
+    T = transformers
+    grid = [[16, 32], [32, 16], [32, 32]]
     config = T.LlavaNextConfig(
         vision_config=CLIP_VIT | dict(num_hidden_layers=3),
         text_config=LLAMA,
-        image_token_index=ID("<image>"),
+        image_token_index=token_id("<image>"),
         image_grid_pinpoints=grid,
     )
     pictures = images(
@@ -235,12 +237,13 @@ def llava_next():
 
 
 def llava_onevision():
-    T, grid = transformers, [[16, 16], [16, 32], [32, 16], [32, 32]]
+    T = transformers
+    grid = [[16, 16], [16, 32], [32, 16], [32, 32]]
     config = T.LlavaOnevisionConfig(
         vision_config=SIGLIP_VIT,
         text_config=QWEN,
-        image_token_index=ID("<image>"),
-        video_token_index=ID("<video>"),
+        image_token_index=token_id("<image>"),
+        video_token_index=token_id("<video>"),
         image_grid_pinpoints=grid,
     )
     pictures = images("LlavaOnevision", size=SQUARE, image_grid_pinpoints=grid)
@@ -257,7 +260,7 @@ def paligemma():
     T = transformers
     config = T.PaliGemmaConfig(
         vision_config=SIGLIP_VIT | dict(projection_dim=16),
-        image_token_index=ID("<image>"),
+        image_token_index=token_id("<image>"),
         text_config=TEXT | dict(model_type="gemma", head_dim=8),
         projection_dim=16,
         hidden_size=16,
@@ -274,7 +277,7 @@ def idefics3():
         vision_config=VIT,
         text_config=LLAMA,
         scale_factor=2,
-        image_token_id=ID("<image>"),
+        image_token_id=token_id("<image>"),
     )
     pictures = images(
         "Idefics3", size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
@@ -288,7 +291,7 @@ def smolvlm():
         vision_config=VIT,
         text_config=LLAMA,
         scale_factor=2,
-        image_token_id=ID("<image>"),
+        image_token_id=token_id("<image>"),
     )
     pictures = images(
         "SmolVLM", size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
@@ -306,26 +309,23 @@ ROPE = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=10000.0)
 
 def qwen_vl(kind, vision, **text):
     T = transformers
-    vision = (
-        dict(
-            depth=2,
-            num_heads=2,
-            patch_size=4,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            in_channels=3,
-            initializer_range=0.2,
-        )
-        | vision
+    every_vision = dict(
+        depth=2,
+        num_heads=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        in_channels=3,
+        initializer_range=0.2,
     )
     ids = dict(
-        image_token_id=ID("<|image_pad|>"),
-        video_token_id=ID("<|video_pad|>"),
-        vision_start_token_id=ID("<|vision_start|>"),
-        vision_end_token_id=ID("<|vision_end|>"),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
     )
     config = getattr(T, f"{kind}Config")(
-        vision_config=vision,
+        vision_config=every_vision | vision,
         text_config=TEXT | dict(rope_parameters=ROPE) | text,
         **ids,
     )
@@ -390,7 +390,7 @@ def internvl():
     config = T.InternVLConfig(
         vision_config=vision,
         text_config=QWEN,
-        image_token_id=ID("<IMG_CONTEXT>"),
+        image_token_id=token_id("<IMG_CONTEXT>"),
         image_seq_length=4,
     )
     pictures = images("GotOcr2", size=SQUARE, crop_to_patches=True, max_patches=2)
@@ -406,7 +406,7 @@ def internvl():
 
 
 def pixtral_processor(*args, **kwargs):
-    "Its module imports one function from the torchvision image processor; the one of PIL has it too."
+    "Its module imports one function from the image processor that needs torchvision; that of PIL has it too."
     from transformers.models.pixtral import image_processing_pil_pixtral as pil
 
     with mock.patch.dict(
@@ -427,7 +427,7 @@ def mistral3():
     config = T.Mistral3Config(
         vision_config=vision,
         text_config=TEXT | dict(model_type="mistral", head_dim=8),
-        image_token_index=ID("[IMG]"),
+        image_token_index=token_id("[IMG]"),
         spatial_merge_size=2,
     )
     pictures = images("Pixtral", patch_size=4, size={"longest_edge": 32})
@@ -443,9 +443,9 @@ def gemma3():
         vision_config=SIGLIP_VIT | dict(vision_use_head=True),
         text_config=text,
         mm_tokens_per_image=4,
-        boi_token_index=ID("<start_of_image>"),
-        eoi_token_index=ID("<end_of_image>"),
-        image_token_index=ID("<image_soft_token>"),
+        boi_token_index=token_id("<start_of_image>"),
+        eoi_token_index=token_id("<end_of_image>"),
+        image_token_index=token_id("<image_soft_token>"),
     )
     named = dict(
         image_token="<image_soft_token>",
@@ -478,7 +478,7 @@ def mllama():
         rope_parameters=dict(rope_type="default", rope_theta=1e4),
     )
     config = T.MllamaConfig(
-        vision_config=vision, text_config=text, image_token_index=ID("<|image|>")
+        vision_config=vision, text_config=text, image_token_index=token_id("<|image|>")
     )
     return config, T.MllamaProcessor(
         images("Mllama", size=SQUARE, max_image_tiles=4),
@@ -487,21 +487,18 @@ def mllama():
 
 
 def clip():
-    T, text = transformers, WIDTH | SPECIAL | dict(max_position_embeddings=64)
-    return (
-        T.CLIPConfig(vision_config=VIT, text_config=text, projection_dim=16),
-        T.CLIPProcessor(
-            images("CLIP", size={"shortest_edge": 16}, crop_size=SQUARE), tokenizer()
-        ),
-    )
+    T = transformers
+    text = WIDTH | SPECIAL | dict(max_position_embeddings=64)
+    config = T.CLIPConfig(vision_config=VIT, text_config=text, projection_dim=16)
+    pictures = images("CLIP", size={"shortest_edge": 16}, crop_size=SQUARE)
+    return config, T.CLIPProcessor(pictures, tokenizer())
 
 
 def siglip():
-    T, text = transformers, WIDTH | SPECIAL | dict(max_position_embeddings=64)
-    return (
-        T.SiglipConfig(vision_config=VIT, text_config=text),
-        T.SiglipProcessor(images("Siglip", size=SQUARE), tokenizer()),
-    )
+    T = transformers
+    text = WIDTH | SPECIAL | dict(max_position_embeddings=64)
+    config = T.SiglipConfig(vision_config=VIT, text_config=text)
+    return config, T.SiglipProcessor(images("Siglip", size=SQUARE), tokenizer())
 
 
 GENERATING = {
@@ -534,52 +531,47 @@ def tiny(name, folder):
     "A tiny model of a class and its processor, saved in `folder` and read again by the class's Auto class."
     torch.manual_seed(0)
     config, processor = TINY[name]()
-    auto = (
-        transformers.AutoModel
-        if name in RETRIEVING
-        else transformers.AutoModelForImageTextToText
-    )
-    model = auto.from_config(config)
-    for (
-        weight
-    ) in model.parameters():  # what is zero at the start would let nothing through
+    if name in RETRIEVING:
+        auto_class = transformers.AutoModel
+    else:
+        auto_class = transformers.AutoModelForImageTextToText
+    model = auto_class.from_config(config)
+    for weight in model.parameters():
+        # A gate or a projection that is zero at the start would let nothing through.
         if not weight.any() and (weight.dim() > 1 or weight.numel() == 1):
             torch.nn.init.normal_(weight, std=0.5)
     model.save_pretrained(folder)
-    return auto.from_pretrained(folder).eval(), processor
+    return auto_class.from_pretrained(folder).eval(), processor
 
 
-ONE_IMAGE = [name for name in TINY if "BLIP" in name] + list(
-    RETRIEVING
-)  # a row of these has exactly one
+# Classes of which an example has exactly one image.
+ONE_IMAGE = [name for name in TINY if "BLIP" in name] + list(RETRIEVING)
 
 
 def picture(height, width, seed=0):
     "A picture of noise."
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
-def rows(name, processor):
-    "Three rows with images of different sizes: one image, two, and none, where the class can take that."
-    pictures = [picture(20, 24), picture(40, 16, 1), picture(16, 30, 2)]
-    place = getattr(processor, "image_token", "")
+def examples(name, processor):
+    "Three examples with images of different sizes: one, two and none, where the class can take that."
+    first, second, third = picture(20, 24), picture(40, 16, 1), picture(16, 30, 2)
+    if name in ONE_IMAGE:
+        mark = ""
+        images = [first, second, third]
+    else:
+        mark = getattr(processor, "image_token", "")
+        images = [first, [second, third], None]
     if "Qwen" in name:
-        place = f"<|vision_start|>{place}<|vision_end|>"
-    one = name in ONE_IMAGE
-    if one:
-        place = ""
+        mark = f"<|vision_start|>{mark}<|vision_end|>"
+    questions = [
+        (f"{mark} what is the color ?", "red"),
+        (f"{mark} {mark} what shape is the circle ?", "blue circle"),
+        ("what shape is two ?", "green"),
+    ]
     return [
-        dict(image=pictures[0], prompt=f"{place} what is the color ?", answer="red"),
-        dict(
-            image=pictures[1] if one else pictures[1:],
-            prompt=f"{place} {place} what shape is the circle ?",
-            answer="blue circle",
-        ),
-        dict(
-            image=pictures[2] if one else None,
-            prompt="what shape is two ?",
-            answer="green",
-        ),
+        {"image": image, "prompt": prompt, "answer": answer}
+        for image, (prompt, answer) in zip(images, questions)
     ]

@@ -1,4 +1,8 @@
-"""The walk with any class: map, prune, adapt, train, merge, use, save. `python tests/walk_any.py` writes nbs/results/any_vlm.json."""
+"""The walk of every class of models: map, prune, adapt, train, merge, use, save.
+
+python tests/tools/walk_any.py           walk all, and write nbs/results/any_vlm.json
+python tests/tools/walk_any.py LLaVA     walk one, and print what went wrong
+"""
 
 import copy
 import functools
@@ -13,6 +17,7 @@ import tiny_models
 import torch
 import transformers
 from peft import get_peft_model
+from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
@@ -27,28 +32,33 @@ from ressa.parts import modality_map
 from ressa.pruning.engine import prune
 from ressa.pruning.masks import has_pattern, sparsity_of
 
+RESULTS = Path(__file__).parents[2] / "nbs" / "results" / "any_vlm.json"
+
 
 class Walk:
     "One model on its way; each step is a method that raises where something is wrong."
 
     def __init__(self, name, folder):
-        self.name, self.folder, self.retrieves = (
-            name,
-            Path(folder),
-            name in tiny_models.RETRIEVING,
-        )
+        self.name = name
+        self.folder = Path(folder)
+        self.retrieves = name in tiny_models.RETRIEVING
         self.dense, self.processor = tiny_models.tiny(name, folder)
-        self.rows = tiny_models.rows(name, self.processor)
-        self.causal, self.mmap = is_causal(self.dense), modality_map(self.dense)
+        self.examples = tiny_models.examples(name, self.processor)
+        self.causal = is_causal(self.dense)
+        self.parts = modality_map(self.dense)
         self.batch = collate(
-            self.rows, self.processor, answers=not self.retrieves, causal=self.causal
+            self.examples,
+            self.processor,
+            answers=not self.retrieves,
+            causal=self.causal,
         )
 
-    def logits(self, model, batch=None):
-        out = model(**(batch or self.batch))
+    def logits(self, model):
+        out = model(**self.batch)
         return out.logits_per_image if self.retrieves else out.logits
 
     def layers(self, model):
+        "Layers of vision and language, by name."
         linears = modality_map(model).linears
         return linears["vision"] | linears["language"]
 
@@ -56,93 +66,74 @@ class Walk:
         "A pruned copy; every layer of vision and language must have been reached."
         model = copy.deepcopy(self.dense)
         report = prune(model, self.batch, progress=False, **how)
-        assert not report.left_dense and len(report.layers) == len(
-            self.layers(model)
-        ), report.left_dense
+        assert not report.left_dense
+        assert len(report.layers) == len(self.layers(model))
         return model
 
     def map(self):
-        model, mmap = self.dense, self.mmap
+        "Each weight is in one part or left dense, and the logits depend on each layer."
+        model, parts = self.dense, self.parts
         modules = dict(model.named_modules()) | {type(model).__name__: model}
-        own = [
-            p
-            for name in mmap.left_dense
-            for p in modules[name].parameters(recurse=False)
-        ]
-        own += [p for layer in mmap.layers.values() for p in layer.parameters()]
-        assert {id(p) for p in own} == {id(p) for p in model.parameters()}, (
-            "a weight is in no part"
-        )
-        assert len(mmap.layers) == sum(map(len, mmap.linears.values())), (
+        known = [p for layer in parts.layers.values() for p in layer.parameters()]
+        for name in parts.left_dense:
+            known += modules[name].parameters(recurse=False)
+        missing = {id(p) for p in model.parameters()} - {id(p) for p in known}
+        assert not missing, "a weight is in no part"
+        assert len(parts.layers) == sum(map(len, parts.linears.values())), (
             "a layer is in two parts"
         )
-        assert mmap.linears["vision"] and mmap.linears["language"]
-        linears = {
-            name: m
-            for name, m in model.named_modules()
-            if isinstance(m, torch.nn.Linear)
-        }
-        head = [name for name, why in mmap.left_dense.items() if why == "output head"]
-        unread = set(linears) - set(mmap.layers) - set(head)
+        assert parts.linears["vision"]
+        assert parts.linears["language"]
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         read = read_layers(model, self.batch, linears)
-        assert set(mmap.layers) <= read, (
-            f"mapped, but no output depends on it: {set(mmap.layers) - read}"
-        )
-        assert all(
-            mmap.left_dense[name] != "output never read" for name in unread & read
-        ), unread & read
+        mapped = set(parts.layers)
+        assert mapped <= read, f"mapped, but no output depends on it: {mapped - read}"
+        for name in (set(linears) - mapped) & read:
+            assert parts.left_dense[name] != "output never read", name
 
     def wanda(self):
         self.model = self.pruned(sparsity=0.5)
-        assert all(
-            sparsity_of(layer.weight) == 0.5
-            for layer in self.layers(self.model).values()
-        )
+        for name, layer in self.layers(self.model).items():
+            assert sparsity_of(layer.weight) == 0.5, name
 
     def sparsegpt(self):
         model = self.pruned(method="sparsegpt", sparsity=0.5)
-        weights = torch.cat(
-            [layer.weight.flatten() for layer in self.layers(model).values()]
-        )
-        assert (
-            abs(sparsity_of(weights) - 0.5) < 1e-3
-        )  # one threshold for layers that share an input
-        for name, layer in self.layers(model).items():
-            dense, kept = self.dense.get_submodule(name).weight, layer.weight != 0
-            assert (layer.weight[kept] != dense[kept]).any(), (
-                f"{name}: no kept weight was updated"
-            )
+        layers = self.layers(model)
+        weights = torch.cat([layer.weight.flatten() for layer in layers.values()])
+        # Layers that share an input share a threshold, so only their sum is exact.
+        assert abs(sparsity_of(weights) - 0.5) < 1e-3
+        for name, layer in layers.items():
+            dense = self.dense.get_submodule(name).weight
+            kept = layer.weight != 0
+            changed = layer.weight[kept] != dense[kept]
+            assert changed.any(), f"{name}: no kept weight was updated"
 
     def two_of_four(self):
-        model = self.pruned(pattern="2:4")
-        assert all(
-            has_pattern(layer.weight, "2:4") for layer in self.layers(model).values()
-        )
+        for name, layer in self.layers(self.pruned(pattern="2:4")).items():
+            assert has_pattern(layer.weight, "2:4"), name
 
     def adapt(self):
         before = self.logits(self.model)
-        self.masks, ranks = (
-            zero_masks(self.model),
-            dict(vision=2, language=2, interface=2),
-        )
-        self.student = get_peft_model(
-            copy.deepcopy(self.model), SparseLoraConfig(r=ranks, lora_alpha=4)
-        )
-        adapters = [
-            m for m in self.student.modules() if isinstance(m, SparseLoraLinear)
-        ]
-        assert len(adapters) == len(self.mmap.layers)
-        assert torch.allclose(self.logits(self.student.eval()), before, atol=1e-5), (
-            "a new adapter changes nothing"
-        )
+        self.masks = zero_masks(self.model)
+        ranks = {"vision": 2, "language": 2, "interface": 2}
+        config = SparseLoraConfig(r=ranks, lora_alpha=4)
+        self.student = get_peft_model(copy.deepcopy(self.model), config)
+        modules = self.student.modules()
+        adapters = [m for m in modules if isinstance(m, SparseLoraLinear)]
+        assert len(adapters) == len(self.parts.layers)
+        after = self.logits(self.student.eval())
+        assert torch.allclose(after, before, atol=1e-5), "a new adapter changes nothing"
 
     def train(self):
-        (self.train_pairs if self.retrieves else self.train_answers)()
-        parts = self.mmap.part_of
-        for name, m in self.student.get_base_model().named_modules():
-            if not isinstance(m, SparseLoraLinear) or parts(name) == "interface":
-                continue
-            assert m.lora_B["default"].weight.any(), f"{name} was not trained"
+        if self.retrieves:
+            self.train_pairs()
+        else:
+            self.train_answers()
+        for name, module in self.student.get_base_model().named_modules():
+            is_adapter = isinstance(module, SparseLoraLinear)
+            if is_adapter and self.parts.part_of(name) != "interface":
+                trained = module.lora_B["default"].weight.any()  # zero at the start
+                assert trained, f"{name} was not trained"
 
     def train_answers(self):
         args = RessaArguments(
@@ -155,24 +146,24 @@ class Walk:
             disable_tqdm=True,
             logging_steps=1,
         )
+        teacher = copy.deepcopy(self.dense)
         trainer = RessaTrainer(
             self.student,
             args,
-            copy.deepcopy(self.dense),
+            teacher,
             self.processor,
-            train_dataset=self.rows,
+            train_dataset=self.examples,
         )
         trainer.train()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        assert len(losses) == 2 and torch.tensor(losses).isfinite().all(), losses
-        assert not looks_ahead(self.student.train(), self.batch, self.causal), (
-            "the answer is seen before it is written"
-        )
+        assert len(losses) == 2
+        assert torch.tensor(losses).isfinite().all(), losses
+        seen = looks_ahead(self.student.train(), self.batch, self.causal)
+        assert not seen, "the answer is seen before it is written"
 
     def train_pairs(self):
-        optimizer = torch.optim.AdamW(
-            [p for p in self.student.parameters() if p.requires_grad], lr=1e-2
-        )
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
         for _ in range(2):
             optimizer.zero_grad()
             loss = self.student(**self.batch, return_loss=True).loss
@@ -186,27 +177,22 @@ class Walk:
         self.merged = self.student.merge_and_unload(safe_merge=True).eval()
         assert zeros_filled(self.masks, self.merged) == 0
         for name, mask in self.masks.items():
-            weight = self.merged.get_submodule(name).weight
-            assert not weight[~mask].view(torch.int32).any(), (
-                f"{name}: a zero is not +0.0"
-            )
-        assert torch.allclose(self.logits(self.merged), before, atol=1e-4), (
-            "merging changed what is said"
-        )
+            pruned = self.merged.get_submodule(name).weight[~mask]
+            assert not pruned.view(torch.int32).any(), f"{name}: a zero is not +0.0"
+        after = self.logits(self.merged)
+        assert torch.allclose(after, before, atol=1e-4), "merging changed the logits"
 
     @torch.no_grad()
     def use(self):
         if self.retrieves:
-            assert self.logits(self.merged).shape == (
-                3,
-                3,
-            )  # each image against each text
+            each_image_against_each_text = (3, 3)
+            assert self.logits(self.merged).shape == each_image_against_each_text
             return
-        batch = collate(self.rows, self.processor, answers=False)
-        said = self.merged.generate(**batch, max_new_tokens=3, do_sample=False)
-        assert len(said) == 3 and all(
-            self.processor.batch_decode(said, skip_special_tokens=False)
-        )
+        batch = collate(self.examples, self.processor, answers=False)
+        ids = self.merged.generate(**batch, max_new_tokens=3, do_sample=False)
+        texts = self.processor.batch_decode(ids, skip_special_tokens=False)
+        assert len(texts) == 3
+        assert all(texts)
 
     def save(self):
         self.merged.save_pretrained(self.folder / "merged")
@@ -231,75 +217,68 @@ STEPS = {
 @functools.cache
 def walk(name):
     "The whole walk of one model: step → None, or what went wrong; and what the model is."
-    done = dict.fromkeys(STEPS, "not reached")
+    outcome = dict.fromkeys(STEPS, "not reached")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        it = Walk(name, folder)
+        model = Walk(name, folder)
         for step, act in STEPS.items():
             try:
-                done[step] = act(it)
+                outcome[step] = act(model)
             except Exception:
-                done[step] = traceback.format_exc(limit=-4)
-    parts = {part: len(layers) for part, layers in it.mmap.linears.items()}
-    return done, {
-        "class": type(it.dense).__name__,
-        "weights": it.dense.num_parameters(),
-        "layers": parts,
-        "rows": "one image"
-        if name in tiny_models.ONE_IMAGE
-        else "one, two and no image",
+                outcome[step] = traceback.format_exc(limit=-4)
+    one_image = name in tiny_models.ONE_IMAGE
+    return outcome, {
+        "class": type(model.dense).__name__,
+        "weights": model.dense.num_parameters(),
+        "layers": {part: len(found) for part, found in model.parts.linears.items()},
+        "rows": "one image" if one_image else "one, two and no image",
     }
 
 
-def defaults():
-    "What the map says of each image-and-text class of transformers, at its default size and without weights."
-    found = {}
-    for kind, cls in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
-        try:
-            with torch.device("meta"):
-                model = getattr(transformers, cls)(transformers.CONFIG_MAPPING[kind]())
-        except Exception as error:  # defaults that do not fit each other, or a library that is not there
-            found[kind] = {"not built": type(error).__name__}
-            continue
-        try:
-            mmap = modality_map(model)
-        except ValueError as error:
-            found[kind] = {"refused": str(error)}
-        else:
-            sizes = {
-                part: sum(m.weight.numel() for m in layers.values())
-                for part, layers in mmap.linears.items()
-            }
-            found[kind] = {"class": cls, "parts": sizes, "roots": mmap.roots}
-    return found
+def default_model(kind):
+    "What the map says of one class of transformers, at its default size, without weights."
+    class_name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
+    try:
+        config = transformers.CONFIG_MAPPING[kind]()
+        with torch.device("meta"):
+            model = getattr(transformers, class_name)(config)
+    except Exception as error:  # defaults that do not fit, or a package that is missing
+        return {"not built": type(error).__name__}
+    try:
+        parts = modality_map(model)
+    except ValueError as error:
+        return {"refused": str(error)}
+    sizes = {
+        part: sum(layer.weight.numel() for layer in layers.values())
+        for part, layers in parts.linears.items()
+    }
+    return {"class": class_name, "parts": sizes, "roots": parts.roots}
 
 
 def main(names):
     transformers.utils.logging.disable_progress_bar()
     models = {}
     for name in names or tiny_models.TINY:
-        done, about = walk(name)
-        models[name] = about | {
-            "steps": {step: wrong is None for step, wrong in done.items()}
-        }
-        print(
-            name,
-            about,
-            *(f"\n--- {step}\n{wrong}" for step, wrong in done.items() if wrong),
-            flush=True,
-        )
+        outcome, about = walk(name)
+        passed = {step: wrong is None for step, wrong in outcome.items()}
+        models[name] = about | {"steps": passed}
+        print(name, about)
+        for step, wrong in outcome.items():
+            if wrong is not None:
+                print(f"--- {step}\n{wrong}", flush=True)
+    if names:
+        return
+    kinds = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     table = dict(
         device="cpu",
         seed=0,
-        command="python tests/walk_any.py",
+        command="python tests/tools/walk_any.py",
         torch=torch.__version__,
         transformers=transformers.__version__,
         models=models,
-        defaults={} if names else defaults(),
+        defaults={kind: default_model(kind) for kind in kinds},
     )
-    path = Path(__file__).parent.parent / "nbs/results/any_vlm.json"
-    if not names:
-        path.write_text(json.dumps(table, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ MEANT = {  # number or text → why a function takes it
     ("take_examples", "n"): "no tensor has so few rows",
     ("pieces_of", "n"): "likewise",
     ("cheapest_first", "want"): "none, or as many as there are",
-    ("row_of", "number"): "counted from the end, as in a list",
+    ("nth_question", "number"): "counted from the end, as in a list",
     ("per_layer", "setting"): "ranks too",
     ("target_keywords", "value"): "checked where a weight is",
     ("take_examples", "start"): "as a slice",
@@ -48,7 +48,6 @@ MEANT = {  # number or text → why a function takes it
     ("question",): "a text",
     ("answer",): "a text",
     ("text",): "a text",
-    ("said",): "a text",
     ("last_whole_checkpoint", "folder"): "there is none",
     ("open_out", "out"): "is made",
     ("repair", "folder"): "is made",
@@ -85,8 +84,8 @@ LEFT_OUT = {  # name → why
     "load_model": "see models/test_load_model",
     "load_data": "see data/test_hub",
     "standard_examples": "see data/test_columns",
-    "embed": "needs towers, see test_metrics",
-    "retrieval": "needs towers, see test_metrics",
+    "embed": "needs towers, see evaluation/test_retrieval",
+    "retrieval": "needs towers, see evaluation/test_retrieval",
     "metric_of": "reads names of columns",
     "references_of": "reads names of columns",
     "Staged": "see test_allocation",
@@ -124,10 +123,10 @@ LEFT_OUT = {  # name → why
     ),
     "peak_memory_mb": "no argument",
     **dict.fromkeys(
-        ("explorer", "small_multiples", "image_tag"), "see test_explore and test_cli"
+        ("explorer", "small_multiples", "image_tag"), "see course/test_explorers and test_cli"
     ),
     **dict.fromkeys(("exact", "lmms_command"), "see wrong_calls"),
-    "run_study": "see test_studies",
+    "run_study": "see course/test_studies",
 }
 
 
@@ -252,9 +251,9 @@ def right_calls(folder):
         looks_ahead=dict(model=model, batch=batch),
         fates=dict(dense=[1, 1, 0], pruned=[0, 1, 0], repaired=[1, 0, 1]),
         draw_answers=dict(
-            row=rows[0], answers=dict(dense="red", pruned="blue"), title="t"
+            example=rows[0], answers=dict(dense="red", pruned="blue"), title="t"
         ),
-        row_of=dict(fate=np.array(["kept", "lost", "kept"]), wanted="lost", number=0),
+        nth_question=dict(fate=np.array(["kept", "lost", "kept"]), wanted="lost", number=0),
         grey_images=dict(batch=batch),
         noise_images=dict(batch=batch),
         open_out=dict(out=lambda: new("out"), settings=dict(seed=0)),
@@ -312,7 +311,7 @@ def right_calls(folder):
             model=model, data=rows, processor=processor, batch_size=4, progress=False
         ),
         interval=dict(values=[0.0, 1.0, 1.0], draws=10, level=0.95),
-        cider=dict(predictions=["a red circle"], references=["a red circle"]),
+        cider=dict(answers=["a red circle"], references=[["a red circle"]]),
         exact_match=dict(model=model, batches=[batch]),
         blind=dict(train=rows, test=rows),
         won_back=dict(repaired=0.5, start=0.2, dense=0.9),
@@ -326,9 +325,9 @@ def right_calls(folder):
         as_texts=dict(value=["a", "b"]),
         has_towers=dict(model=model),
         is_causal=dict(model=model),
-        agreement=dict(c=2, n=3),
+        agreement=dict(agreeing=2, people=3),
         normalise_answer=dict(text="A Dog."),
-        vqa_accuracy=dict(said="red", people=["red", "blue"]),
+        vqa_accuracy=dict(answer="red", people=["red", "blue"]),
         score=dict(answers=[row["answer"] for row in rows], data=rows),
         recall_at=dict(similarity=torch.randn(2, 4), image_of=[0, 0, 1, 1], ks=(1, 5)),
         part_roots=dict(model=model),
@@ -352,7 +351,6 @@ def right_calls(folder):
         inputs_of=dict(
             layers=layers, forward=lambda: model.forward, args=(), kwargs=batch
         ),
-        take_rows=dict(value=x, rows=torch.tensor([1, 0])),
         target_keywords=dict(value=0.5),
         method_of=dict(method="wanda"),
         layer_targets=dict(parts=mmap, sparsity=0.5),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ressa import budgets, evaluation, masks, metrics, packing
+from ressa import budgets, masks, packing
+from ressa.evaluation import answers, intervals, lmms_eval, metrics, retrieval
 from ressa.pruning.dsnot import dsnot
 from ressa.pruning.scores import magnitude, ria, wanda
 from ressa.pruning.sparsegpt import inverse_factor, sparsegpt
@@ -356,7 +357,7 @@ def judging():
     def call(kind, name, run, says="", right=None):
         return Call(kind, name, run, says, right)
 
-    E = evaluation.Evaluation
+    E = answers.Evaluation
     yield call(
         "wrong length",
         "Evaluation: fewer answers",
@@ -369,48 +370,48 @@ def judging():
         lambda: E(["a", "b"], [["a"], ["b"]], np.ones(2), ["x"], "exact match"),
         "types",
     )
-    yield call("empty", "interval: nothing", lambda: evaluation.interval([]), "values")
+    yield call("empty", "interval: nothing", lambda: intervals.interval([]), "values")
     for level in (1.5, -0.1, NAN):
         yield call(
             "number out of range",
             f"interval: level={level}",
-            lambda level=level: evaluation.interval([0, 1.0], level=level),
+            lambda level=level: intervals.interval([0, 1.0], level=level),
             "level",
         )
     yield call(
         "number out of range",
         "interval: draws=0",
-        lambda: evaluation.interval([0, 1.0], draws=0),
+        lambda: intervals.interval([0, 1.0], draws=0),
         "draws",
     )
     yield call(
         "NaN or infinity in values",
         "interval: nan",
-        lambda: evaluation.interval([0, NAN]),
+        lambda: intervals.interval([0, NAN]),
         "values",
     )
     yield call(
         "wrong shape",
         "interval: three axes",
-        lambda: evaluation.interval(np.ones((2, 2, 2))),
+        lambda: intervals.interval(np.ones((2, 2, 2))),
         "values",
     )
     yield call(
         "wrong length",
         "cider: fewer predictions",
-        lambda: evaluation.cider(["a red circle"], ["a red circle", "a blue square"]),
+        lambda: metrics.cider(["a red circle"], [["a red circle"], ["a blue square"]]),
         "references",
     )
     yield call(
         "empty",
         "exact_match: no batch",
-        lambda: evaluation.exact_match(None, []),
+        lambda: answers.exact_match(None, []),
         "batches",
     )
     yield call(
         "empty",
         "blind: no training rows",
-        lambda: evaluation.blind(
+        lambda: answers.blind(
             dict(prompt=[], answer=[]),
             dict(prompt=["a"], answer=["b"], question_type=["c"]),
         ),
@@ -420,7 +421,7 @@ def judging():
         yield call(
             "number out of range",
             f"won_back: dense {dense}",
-            lambda dense=dense: evaluation.won_back(0.3, 0.2, dense),
+            lambda dense=dense: intervals.won_back(0.3, 0.2, dense),
             "dense",
         )
     for c, n in ((-1, 3), (4, 3), (0, 0)):
@@ -428,13 +429,13 @@ def judging():
             "number out of range",
             f"agreement: {c} of {n}",
             lambda c=c, n=n: metrics.agreement(c, n),
-            "c must",
+            "agreeing must",
         )
     yield call(
         "empty",
         "vqa_accuracy: nobody asked",
         lambda: metrics.vqa_accuracy("red", []),
-        "reference",
+        "people",
     )
     yield call(
         "wrong dtype",
@@ -447,32 +448,32 @@ def judging():
         yield call(
             "NaN or infinity in activations",
             f"recall_at: {bad}",
-            lambda bad=bad: metrics.recall_at(spoiled(s, bad), image_of),
+            lambda bad=bad: retrieval.recall_at(spoiled(s, bad), image_of),
             "similarity",
         )
     yield call(
         "wrong length",
         "recall_at: fewer texts",
-        lambda: metrics.recall_at(s, image_of[:4]),
+        lambda: retrieval.recall_at(s, image_of[:4]),
         "image_of",
     )
     for bad in (7, -1):
         yield call(
             "number out of range",
             f"recall_at: image {bad}",
-            lambda bad=bad: metrics.recall_at(torch.randn(3, 7), image_of + [bad]),
+            lambda bad=bad: retrieval.recall_at(torch.randn(3, 7), image_of + [bad]),
             "image_of",
         )
     yield call(
         "wrong shape",
         "recall_at: a vector",
-        lambda: metrics.recall_at(s[0], image_of),
+        lambda: retrieval.recall_at(s[0], image_of),
         "similarity",
     )
     yield call(
         "wrong name",
         "lmms_command: no model",
-        lambda: metrics.lmms_command("/nowhere"),
+        lambda: lmms_eval.lmms_command("/nowhere"),
         "model",
     )
 

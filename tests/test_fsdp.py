@@ -80,9 +80,9 @@ def test_two_processes_with_half_a_model_each_repair_like_one_with_all_of_it(tmp
         torch.testing.assert_close(
             shared[name], weight, rtol=0, atol=float(size) / 100, msg=name
         )
-    from patients import patient_and_dense
+    from same_repair import pruned_and_dense
 
-    model = patient_and_dense()[0]
+    model = pruned_and_dense()[0]
     masks = zero_masks(model)
     merged = PeftModel.from_pretrained(
         model, tmp_path / "two" / "adapter"

@@ -85,7 +85,7 @@ def test_any_numbers_at_all(name, out, width, target, places, seed):
 
 
 def test_the_same_seed_gives_the_same_bits(tmp_path):
-    from patients import repaired
+    from same_repair import repaired
 
     first, second = (
         [

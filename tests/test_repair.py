@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from patients import long_answers, repaired, weights_of
 from peft import get_peft_model
 from safetensors.torch import load_file
+from same_repair import long_answers, repaired, weights_of
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -224,7 +224,7 @@ def test_killed_at_a_random_moment_equals_uninterrupted(tmp_path, options):
         steps=5, batch_size=4, disable_tqdm=True, r=2, save_steps=1, **options
     )
     code = (
-        "import sys, json; sys.path.insert(0, sys.argv[1]); from patients import repaired\n"
+        "import sys, json; sys.path.insert(0, sys.argv[1]); from same_repair import repaired\n"
         "repaired(sys.argv[2], **json.loads(sys.argv[3]))"
     )
     here = str(Path(__file__).parent)

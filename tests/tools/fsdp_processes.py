@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from accelerate import DistributedType, PartialState
-from patients import long_answers, patient_and_dense
 from peft import get_peft_model
+from same_repair import long_answers, pruned_and_dense
 from transformers import set_seed
 
 from ressa.adaptation.sparse_lora import SparseLoraConfig
@@ -20,7 +20,7 @@ from ressa.adaptation.trainer import RessaArguments, RessaTrainer
 
 def main(folder, batch_size):
     folder, state = Path(folder), PartialState(cpu=True)
-    model, dense, processor, train = patient_and_dense()
+    model, dense, processor, train = pruned_and_dense()
     rows = long_answers(train.select(range(24)))
     rows = cache_targets(
         dense, rows, processor, folder / f"targets{state.process_index}.arrow"

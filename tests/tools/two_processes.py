@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from patients import long_answers, patient_and_dense
 from peft import get_peft_model
 from safetensors.torch import save_file
+from same_repair import long_answers, pruned_and_dense
 from transformers import set_seed
 
 from ressa.adaptation.adapters import zero_masks, zeros_filled
@@ -15,7 +15,7 @@ from ressa.adaptation.trainer import RessaArguments, RessaTrainer
 
 
 def main(folder, batch_size):
-    model, dense, processor, train = patient_and_dense()
+    model, dense, processor, train = pruned_and_dense()
     masks = zero_masks(model)
     set_seed(0)
     student = get_peft_model(model, SparseLoraConfig(r=2))

@@ -1,0 +1,60 @@
+"""A pruned model and the dense one, and the same repair of it, alike in every process of a test."""
+
+import copy
+import functools
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from ressa.adaptation.repair import repair
+from ressa.data.collate import calibration_batch
+from ressa.data.easy_vqa import load_easy_vqa
+from ressa.models.bundled import load_bundled
+from ressa.pruning.engine import prune
+
+torch.set_num_threads(1)  # sums are taken in one order
+
+
+@functools.cache
+def _pruned_and_dense():
+    dense, processor = load_bundled("cpu")
+    train = load_easy_vqa("train")
+    batch = calibration_batch(train, processor, n=8)
+    pruned = copy.deepcopy(dense)
+    prune(pruned, batch, sparsity=0.7, progress=False)
+    return pruned, dense, processor, train
+
+
+def pruned_and_dense():
+    "A fresh pruned model, the dense one, the processor, and the training examples."
+    pruned, dense, processor, train = _pruned_and_dense()
+    return copy.deepcopy(pruned), dense, processor, train
+
+
+def long_answers(examples):
+    "The examples, three of four with longer answers."
+
+    def repeat(example, i):
+        return {"answer": " ".join([example["answer"]] * (1 + i % 4))}
+
+    return examples.map(repeat, with_indices=True)
+
+
+def repaired(folder, held_out=6, patience=None, **options):
+    "The same repair in whatever process; with `patience` it is judged on held-out examples."
+    pruned, dense, processor, train = pruned_and_dense()
+    if patience:
+        options["patience"] = patience
+        options["held_out"] = train.select(range(20, 20 + held_out))
+    report = repair(pruned, train, processor, teacher=dense, folder=folder, **options)
+    return report.model
+
+
+def weights_of(model, checkpoint, adapter):
+    "The model that a checkpoint of the trainer holds, merged."
+    if adapter in ("full", "bias"):
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+        return model
+    adapted = PeftModel.from_pretrained(model, checkpoint)
+    return adapted.merge_and_unload(safe_merge=True)

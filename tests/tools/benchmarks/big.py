@@ -1,9 +1,9 @@
 """Pruning a model of 200 million parameters, beside one plain forward pass over the same 4,096 tokens.
 
-    python tests/benchmarks/big.py [--rounds 5] [--out nbs/results/big.json]
+    python tests/tools/benchmarks/big.py [--rounds 5] [--out nbs/results/big.json]
 
-A SmolVLM of random weights: 12 blocks of 768 that see, 30 blocks of 576 that read, 32 rows of 128 tokens of which 16 are
-an image. Its vocabulary is small, so that the forward pass is not made longer by an output layer that pruning never
+A SmolVLM of random weights: 12 vision blocks of width 768, 30 language blocks of width 576, 32 examples of 128 tokens of
+which 16 are an image. Its vocabulary is small, so that the forward pass is not made longer by an output layer that pruning never
 touches. Times are taken in alternation in one process; the figure is the median of the ratios. `work` is the same in
 processor time, which other programs on the machine hardly move. Memory is the peak of a
 process of its own for each stage, three times, beside what the shapes say.
@@ -26,11 +26,13 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from ressa.parts import modality_map
 from ressa.pruning.engine import prune
 
-IMAGE, VOCABULARY = 3, 8192
+IMAGE = 3  # the token that stands for an image's place
+VOCABULARY = 8192
+IMAGE_PLACES = 16  # in each example
 
 
-def make(rows=32, tokens=128, vision_layers=12, layers=30):
-    "The model, and a batch of rows × tokens."
+def make(examples=32, tokens=128, vision_layers=12, layers=30):
+    "The model, and a batch of examples × tokens."
     torch.manual_seed(0)
     vision = dict(
         hidden_size=768,
@@ -59,12 +61,12 @@ def make(rows=32, tokens=128, vision_layers=12, layers=30):
         pad_token_id=0,
     )
     model = SmolVLMForConditionalGeneration(config).eval()
-    ids = torch.randint(10, VOCABULARY, (rows, tokens))
-    ids[:, :16] = IMAGE
+    ids = torch.randint(10, VOCABULARY, (examples, tokens))
+    ids[:, :IMAGE_PLACES] = IMAGE
     batch = dict(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        pixel_values=torch.randn(rows, 1, 3, 128, 128),
+        pixel_values=torch.randn(examples, 1, 3, 128, 128),
     )
     return model, batch
 
@@ -79,20 +81,23 @@ def wanda(model, batch):
 
 
 def timed(function):
-    "Seconds by the wall's clock, seconds that all processors worked for us, and the result."
-    start, worked = time.perf_counter(), time.process_time()
+    "Seconds by the wall's clock, seconds of processor time, and the result."
+    start = time.perf_counter()
+    worked = time.process_time()
     result = function()
     return time.perf_counter() - start, time.process_time() - worked, result
 
 
 def formula(model, batch, logits):
     "Bytes, from shapes alone."
-    layer = max(m.weight.numel() for m in modality_map(model).layers.values())
+    layers = modality_map(model).layers.values()
+    largest = max(layer.weight.numel() for layer in layers)
     return dict(
         weights=sum(p.nbytes for p in model.parameters()),
         logits=logits.nbytes,
-        # of the largest layer: its score and the copy that is sorted, the new weight (4 bytes each) and the mask
-        pruning=13 * layer,
+        # The largest layer's score, the copy of it that is sorted, the new weight (4 bytes
+        # each) and the mask (1 byte).
+        pruning=13 * largest,
     )
 
 
@@ -100,39 +105,43 @@ def compare(rounds=5, **shape):
     "Medians over rounds of pruning / plain pass."
     dense, batch = make(**shape)
     logits = plain(dense, batch)
-    seconds, work = ({"plain": [], "prune": []} for _ in range(2))
+    seconds = {"plain": [], "prune": []}
+    work = {"plain": [], "prune": []}
+
+    def take_turn(name, function, model):
+        taken, worked, result = timed(lambda: function(model, batch))
+        seconds[name].append(taken)
+        work[name].append(worked)
+        return result
+
     for i in range(rounds):
         model = copy.deepcopy(dense)
-        turns = [
-            ("plain", lambda: plain(dense, batch)),
-            ("prune", lambda: wanda(model, batch)),
-        ]
-        for name, function in turns[:: (-1) ** i]:
-            taken, worked, result = timed(function)
-            seconds[name].append(taken)
-            work[name].append(worked)
-            if name == "prune":
-                report = result
-    ratios, work = (
-        [a / b for a, b in zip(each["prune"], each["plain"])]
-        for each in (seconds, work)
-    )
+        if i % 2 == 0:
+            take_turn("plain", plain, dense)
+        report = take_turn("prune", wanda, model)
+        if i % 2 == 1:
+            take_turn("plain", plain, dense)
+    ratios = [a / b for a, b in zip(seconds["prune"], seconds["plain"])]
+    work_ratios = [a / b for a, b in zip(work["prune"], work["plain"])]
     return dict(
         parameters=sum(p.numel() for p in dense.parameters()),
         tokens=batch["input_ids"].numel(),
         rounds=rounds,
         ratio=statistics.median(ratios),
         ratios=ratios,
-        work_ratio=statistics.median(work),
-        work_ratios=work,
+        work_ratio=statistics.median(work_ratios),
+        work_ratios=work_ratios,
         seconds={name: statistics.median(values) for name, values in seconds.items()},
         parts=report.parts(),
         bytes=formula(dense, batch, logits),
     )
 
 
+STAGES = ("nothing", "plain", "prune")  # what a process does once the model is made
+
+
 def peak(stage):
-    "Peak resident bytes of a process that makes the model, and then does `stage`: 'nothing', 'plain' or 'prune'."
+    "Peak resident bytes of a process that makes the model, and then does a stage."
     done = subprocess.run(
         [sys.executable, __file__, "--stage", stage],
         capture_output=True,
@@ -143,12 +152,31 @@ def peak(stage):
 
 
 def act(stage):
+    "Do a stage in this process, and print its peak of resident bytes."
     model, batch = make()
-    if stage != "nothing":
-        {"plain": plain, "prune": wanda}[stage](model, batch)
-    print(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )  # Linux counts in KiB
+    if stage == "plain":
+        plain(model, batch)
+    elif stage == "prune":
+        wanda(model, batch)
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
+    print(kibibytes * 1024)
+
+
+def main(args):
+    # First, while this process is small: Linux lets a child inherit the peak of its parent.
+    peaks = {stage: [peak(stage) for _ in range(3)] for stage in STAGES}
+    result = compare(args.rounds) | {"peak_bytes": peaks}
+    print(json.dumps(result, indent=1))
+    if args.out:
+        about = dict(
+            command=f"python tests/tools/benchmarks/big.py --rounds {args.rounds}",
+            device="cpu",
+            seed=0,
+            threads=torch.get_num_threads(),
+            processor=platform.machine(),
+            torch=torch.__version__,
+        )
+        args.out.write_text(json.dumps(about | result, indent=1))
 
 
 if __name__ == "__main__":
@@ -157,27 +185,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--stage", choices=["nothing", "plain", "prune"], help=argparse.SUPPRESS
-    )
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:
         act(args.stage)
-        sys.exit()
-    # First, while this process is small: Linux lets a child inherit the peak of its parent.
-    peaks = {
-        stage: [peak(stage) for _ in range(3)]
-        for stage in ("nothing", "plain", "prune")
-    }
-    result = compare(args.rounds) | {"peak_bytes": peaks}
-    print(json.dumps(result, indent=1))
-    if args.out:
-        about = dict(
-            command=f"python tests/benchmarks/big.py --rounds {args.rounds}",
-            device="cpu",
-            seed=0,
-            threads=torch.get_num_threads(),
-            processor=platform.machine(),
-            torch=torch.__version__,
-        )
-        args.out.write_text(json.dumps(about | result, indent=1))
+    else:
+        main(args)

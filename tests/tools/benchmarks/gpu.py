@@ -1,7 +1,7 @@
 """What a 7B model asks of a GPU: pruning, a step of repair, and 2:4 inference.
 
-    python tests/benchmarks/gpu.py [--rows 128] [--micro-batch 8] [--steps 10] [--out nbs/results/gpu.json]
-    python tests/benchmarks/gpu.py --tiny --device cpu
+    python tests/tools/benchmarks/gpu.py [--examples 128] [--micro-batch 8] [--steps 10] [--out nbs/results/gpu.json]
+    python tests/tools/benchmarks/gpu.py --tiny --device cpu
 
 An InstructBLIP of Vicuna-7B's shape with random weights, made on the GPU itself in bfloat16, and random images and words.
 Times of forms that are compared are taken in alternation; the figures are medians of the ratios. Memory is the peak that
@@ -9,6 +9,7 @@ torch's allocator counts, 0 on a CPU. `--tiny` is the same on a model of tens of
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -23,7 +24,12 @@ from ressa.adaptation.sparse_lora import SparseLoraConfig, peft_targets
 from ressa.parts import modality_map
 from ressa.pruning.engine import prune
 
-IMAGE = 5
+IMAGE = 5  # the token that stands for an image's place
+IMAGE_PLACES = 32  # in each example, as many as the Q-Former has queries
+MIB = 2**20
+WARM_UP_ROUNDS = 3  # not counted
+CALLS = 10  # of a layer for one measurement, since one call is too short for a clock
+SMALLEST_TILE = 64  # rows that the 2:4 kernels want at least
 TINY = dict(
     vision=dict(
         hidden_size=32,
@@ -68,7 +74,7 @@ def make(shape, device):
         qformer_config=shape["qformer"],
         image_token_index=IMAGE,
         text_config=shape["text"] | dict(model_type="llama", pad_token_id=0),
-        num_query_tokens=32,
+        num_query_tokens=IMAGE_PLACES,
     )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -80,21 +86,20 @@ def make(shape, device):
         torch.set_default_dtype(before)
 
 
-def pairs(model, rows, words=32):
-    "Random images, each with 32 places for it and some words."
-    size, vocabulary = (
-        model.config.vision_config.image_size,
-        model.config.text_config.vocab_size,
-    )
-    ids = torch.randint(10, vocabulary, (rows, 32 + words))
-    ids[:, :32] = IMAGE
-    asked = torch.randint(10, model.config.qformer_config.vocab_size, (rows, words))
+def pairs(model, examples, words=32):
+    "Random images, each with its places in the prompt and some words."
+    config = model.config
+    size = config.vision_config.image_size
+    ids_shape = (examples, IMAGE_PLACES + words)
+    ids = torch.randint(10, config.text_config.vocab_size, ids_shape)
+    ids[:, :IMAGE_PLACES] = IMAGE
+    questions = torch.randint(10, config.qformer_config.vocab_size, (examples, words))
     batch = dict(
-        pixel_values=torch.randn(rows, 3, size, size, dtype=torch.bfloat16),
+        pixel_values=torch.randn(examples, 3, size, size, dtype=torch.bfloat16),
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        qformer_input_ids=asked,
-        qformer_attention_mask=torch.ones_like(asked),
+        qformer_input_ids=questions,
+        qformer_attention_mask=torch.ones_like(questions),
     )
     return {name: value.to(model.device) for name, value in batch.items()}
 
@@ -109,35 +114,23 @@ def measured(device, function):
     result = function()
     if on_gpu:
         torch.cuda.synchronize()
-    return (
-        time.perf_counter() - start,
-        torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0,
-        result,
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / MIB if on_gpu else 0.0
+    return seconds, peak, result
+
+
+def prune_once(shape, device, method, examples, micro_batch):
+    "One pass over the pairs, on a fresh model: the model, and what the pass took."
+    model = make(shape, device)
+    batch = pairs(model, examples)
+    held = torch.cuda.memory_allocated() / MIB if device.type == "cuda" else 0.0
+    options = dict(sparsity=0.5, progress=False, micro_batch=micro_batch)
+    seconds, peak, report = measured(
+        device, lambda: prune(model, batch, method, **options)
     )
-
-
-def pruning(shape, device, method, rows, micro_batch):
-    "One pass over all pairs, on a fresh model. The first, of a few pairs, only warms up."
-    for n in (micro_batch, rows):
-        model = make(shape, device)
-        batch = pairs(model, n)
-        held = torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else 0.0
-        seconds, peak, report = measured(
-            device,
-            lambda: prune(
-                model,
-                batch,
-                method,
-                sparsity=0.5,
-                progress=False,
-                micro_batch=micro_batch,
-            ),
-        )
-        if n != rows:
-            del model, batch
     return model, dict(
         method=method,
-        rows=rows,
+        rows=examples,
         micro_batch=micro_batch,
         seconds=seconds,
         peak_mib=peak,
@@ -147,106 +140,124 @@ def pruning(shape, device, method, rows, micro_batch):
     )
 
 
+def pruning(shape, device, method, examples, micro_batch):
+    "One pass over all pairs. An earlier pass over a few pairs only warms up."
+    prune_once(shape, device, method, micro_batch, micro_batch)
+    return prune_once(shape, device, method, examples, micro_batch)
+
+
 def step(student, batch):
-    "Forward, loss and backward; the optimizer of so few weights is nothing beside them."
+    "Forward, loss and backward; the optimizer of so few weights costs nothing beside them."
     student.zero_grad(set_to_none=True)
-    student(
-        **batch,
-        labels=batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100),
-    ).loss.backward()
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
+    student(**batch, labels=labels).loss.backward()
 
 
-def repair_steps(shape, device, model, rows, steps):
-    "SparseLoRA beside plain LoRA, each on its own copy of the adapters' places: seconds per step, in turns."
-    batch, targets = pairs(model, rows), peft_targets(model, 8, 16)
-    student = get_peft_model(model, LoraConfig(**targets)).train()
-    found = {"lora": [], "sparselora": []}
-    peaks = dict.fromkeys(found, 0.0)
-    for i in range(steps + 2):  # two rounds to warm up
-        for name in found:
-            base = (
-                student.unload()
-            )  # adapters off, and others on: the model itself is never copied
-            config = (
-                LoraConfig(**targets) if name == "lora" else SparseLoraConfig(**targets)
-            )
-            student = get_peft_model(base, config).train()
+def repair_steps(model, examples, steps):
+    "SparseLoRA beside plain LoRA on the same layers: seconds per step, in turns."
+    device = model.device
+    batch = pairs(model, examples)
+    targets = peft_targets(model, 8, 16)
+    configs = {
+        "lora": LoraConfig(**targets),
+        "sparselora": SparseLoraConfig(**targets),
+    }
+    found = {name: [] for name in configs}
+    peaks = dict.fromkeys(configs, 0.0)
+    for i in range(steps + WARM_UP_ROUNDS):
+        for name, config in configs.items():
+            student = get_peft_model(model, copy.deepcopy(config)).train()
             seconds, peak, _ = measured(device, lambda: step(student, batch))
-            if i > 1:
+            model = student.unload()  # adapters off: the model itself is never copied
+            if i >= WARM_UP_ROUNDS:
                 found[name].append(seconds)
             peaks[name] = max(peaks[name], peak)
+    ratios = [a / b for a, b in zip(found["sparselora"], found["lora"])]
     return dict(
-        rows=rows,
+        rows=examples,
         steps=steps,
         seconds={name: statistics.median(values) for name, values in found.items()},
-        ratio=statistics.median(
-            a / b for a, b in zip(found["sparselora"], found["lora"])
-        ),
+        ratio=statistics.median(ratios),
         peak_mib=peaks,
     )
 
 
-def semi_structured(shape, device, tokens=(1, 16, 256, 4096), rounds=20):
-    "A 2:4 layer against the same layer dense, for each shape of layer of the model; nothing without a GPU."
-    if device.type != "cuda":
-        return []
+def layer_shapes(shape):
+    "The different sizes (out, in) of the layers of a model."
+    layers = modality_map(make(shape, "meta")).layers.values()
+    return sorted({tuple(layer.weight.shape) for layer in layers})
+
+
+def compare_semi_structured(weight, x, rounds):
+    "A weight (out, in) with two of four zeros against the same weight dense, in turns."
     from torch.sparse import to_sparse_semi_structured
 
-    rows, sizes = (
-        [],
-        sorted(
-            {
-                tuple(m.weight.shape)
-                for m in modality_map(make(shape, "meta")).layers.values()
-            }
-        ),
-    )
-    for out, width in sizes:
-        weight = torch.randn(out, width, device=device, dtype=torch.bfloat16)
-        weight = weight * torch.tensor([1, 1, 0, 0], device=device).repeat(width // 4)
-        forms = {"dense": weight, "2:4": to_sparse_semi_structured(weight)}
-        for n in tokens:
-            x = torch.randn(
-                max(n, 64), width, device=device, dtype=torch.bfloat16
-            )  # the kernels want a full tile
-            times = {name: [] for name in forms}
-            for i in range(rounds + 3):
-                for name, w in forms.items():
-                    seconds = (
-                        measured(device, lambda: [F.linear(x, w) for _ in range(10)])[0]
-                        / 10
-                    )
-                    if i > 2:
-                        times[name].append(seconds)
-            rows.append(
-                {
-                    "out": out,
-                    "in": width,
-                    "tokens": len(x),
-                    "dense_over_sparse": statistics.median(
-                        a / b for a, b in zip(times["dense"], times["2:4"])
-                    ),
-                    "microseconds": {
-                        name: 1e6 * statistics.median(t) for name, t in times.items()
-                    },
-                }
+    forms = {"dense": weight, "2:4": to_sparse_semi_structured(weight)}
+    times = {name: [] for name in forms}
+    for i in range(rounds + WARM_UP_ROUNDS):
+        for name, form in forms.items():
+            seconds, _, _ = measured(
+                x.device, lambda: [F.linear(x, form) for _ in range(CALLS)]
             )
-    return rows
+            if i >= WARM_UP_ROUNDS:
+                times[name].append(seconds / CALLS)
+    ratios = [dense / sparse for dense, sparse in zip(times["dense"], times["2:4"])]
+    return {
+        "out": weight.shape[0],
+        "in": weight.shape[1],
+        "tokens": len(x),
+        "dense_over_sparse": statistics.median(ratios),
+        "microseconds": {
+            name: 1e6 * statistics.median(values) for name, values in times.items()
+        },
+    }
 
 
-def run(tiny=False, device="cuda", rows=128, micro_batch=8, steps=10):
+def semi_structured(shape, device, tokens=(1, 16, 256, 4096), rounds=20):
+    "A 2:4 layer against a dense one, for each size of layer; nothing without a GPU."
+    if device.type != "cuda":
+        return []
+    results = []
+    for out, width in layer_shapes(shape):
+        pattern = torch.tensor([1, 1, 0, 0], device=device).repeat(width // 4)
+        weight = torch.randn(out, width, device=device, dtype=torch.bfloat16)
+        for n in tokens:
+            n = max(n, SMALLEST_TILE)
+            x = torch.randn(n, width, device=device, dtype=torch.bfloat16)
+            results.append(compare_semi_structured(weight * pattern, x, rounds))
+    return results
+
+
+def run(tiny=False, device="cuda", examples=128, micro_batch=8, steps=10):
     "Everything, as one dictionary."
-    device, shape = torch.device(device), TINY if tiny else VICUNA_7B
+    device = torch.device(device)
+    shape = TINY if tiny else VICUNA_7B
     found = {"pruning": []}
     for method in ("wanda", "sparsegpt"):
-        model, row = pruning(shape, device, method, rows, micro_batch)
-        found["pruning"].append(row)
-        if method == "wanda":
-            del model
+        model = None  # two models of seven billion weights need not fit
+        model, result = pruning(shape, device, method, examples, micro_batch)
+        found["pruning"].append(result)
     found["parameters"] = sum(p.numel() for p in model.parameters())
-    found["repair"] = repair_steps(shape, device, model, micro_batch, steps)
+    found["repair"] = repair_steps(model, micro_batch, steps)
     del model
-    return found | {"semi_structured": semi_structured(shape, device)}
+    found["semi_structured"] = semi_structured(shape, device)
+    return found
+
+
+def main(args):
+    result = run(args.tiny, args.device, args.examples, args.micro_batch, args.steps)
+    tiny = "--tiny " if args.tiny else ""
+    about = dict(
+        command=f"python tests/tools/benchmarks/gpu.py {tiny}--device {args.device} "
+        f"--examples {args.examples} --micro-batch {args.micro_batch} "
+        f"--steps {args.steps}",
+        seed=0,
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+    )
+    print(json.dumps(about | result, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(about | result, indent=1))
 
 
 if __name__ == "__main__":
@@ -255,19 +266,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    result = run(args.tiny, args.device, args.rows, args.micro_batch, args.steps)
-    about = dict(
-        command=f"python tests/benchmarks/gpu.py {'--tiny ' * args.tiny}--device {args.device} --rows {args.rows} "
-        f"--micro-batch {args.micro_batch} --steps {args.steps}",
-        seed=0,
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-    )
-    print(json.dumps(about | result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(about | result, indent=1))
+    main(parser.parse_args())

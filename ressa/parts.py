@@ -144,7 +144,7 @@ def part_roots(
 
 # %% ../nbs/reference/parts.ipynb #64bbf95d
 def _why_dense(module, head, times_used):
-    "Why a module that owns parameters stays dense; None if it is a prunable linear layer."
+    "Why a module that owns parameters stays dense; None for a prunable linear layer."
     class_name = type(module).__name__.lower()
     if isinstance(module, nn.Embedding):
         return "embedding"

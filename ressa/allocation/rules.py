@@ -119,6 +119,8 @@ def owl(
     """
     if not 0 <= spread < 1:
         raise ValueError(f"spread must be in [0, 1), not {spread}")
+    # refuses a budget that cannot be met before the model runs
+    uniform(model, sparsity, max_sparsity=max_sparsity, m=m, fixed=fixed)
     layers = modality_map(model).layers
     groups = layer_groups(model, shapes_of(model), by)
     stats = input_statistics(model.eval(), to_device(batch, model.device))
@@ -257,6 +259,8 @@ def ecoflap(
         raise ValueError(f"step must be a finite number above 0, not {step}")
     if max_sparsity is None:
         max_sparsity = min(0.99, sparsity + 0.1)
+    # refuses a budget that cannot be met before the model runs
+    uniform(model, sparsity, max_sparsity=max_sparsity, m=m, fixed=fixed)
     model.eval()
     layers = modality_map(model).layers
     shapes = shapes_of(model)

@@ -21,7 +21,7 @@ def agreement(
     agreeing: int,  # the number of people who gave the model's answer
     people: int,  # the number of people who were asked; 1 means right or wrong
 ) -> float:  # in [0, 1]
-    """VQA accuracy from counts: the mean of min(agreeing/3, 1), leaving each person out.
+    """VQA accuracy from counts: the mean of min(agreeing/3, 1) over leaving one out.
 
     Source: Antol et al., *VQA* (arXiv 1505.00468), as the official code computes it.
     Raises `ValueError` unless 0 ≤ agreeing ≤ people and people ≥ 1.

@@ -33,7 +33,7 @@ class _Inputs:
     @classmethod
     def of(cls, stats, power, dtype):
         var = stats.var
-        # A constant input has no variance to divide by; with this one it still goes first.
+        # A constant input has no variance to divide by; so it still goes first.
         least = 1e-6 * var.mean()
         if least > 0:
             var = var.clamp_min(least)

@@ -16,7 +16,7 @@ from ..checking import expect
 def check_sign_test(
     sign_test,  # your function of two arrays (questions,) of zeros and ones
 ) -> None:
-    "Check the exercise *Luck or difference?* on two models that differ on few questions."
+    "Check the exercise *Luck or difference?* on models that differ on few questions."
     generator = np.random.default_rng()
     won = int(generator.integers(5, 9))
     lost = int(generator.integers(1, 4))

@@ -105,25 +105,28 @@ def check_keep_zeros(
     def trained(start, slope):
         return _trained(keep_zeros, start, slope)
 
-    def with_mask(mask):
+    def with_hook(masked_gradient):
         def keep(weight):
-            weight.register_hook(lambda gradient: gradient * mask)
+            weight.register_hook(lambda gradient: masked_gradient(weight, gradient))
 
         return _trained(keep, start, slope)
-
-    def times_weight(weight):
-        weight.register_hook(lambda gradient: gradient * weight)
 
     expect(
         trained,
         {"start": start, "slope": slope},
-        wanted=with_mask(start != 0),
+        wanted=with_hook(lambda w, gradient: torch.where(w != 0, gradient, 0)),
         mistakes={
-            "the zeros are filled: their gradient must be zero": with_mask(True),
-            "the mask is upside down: train the kept weights": with_mask(start == 0),
-            "negative weights were kept too: ask for != 0": with_mask(start > 0),
-            "a kept gradient is changed: mask it, do not multiply it": _trained(
-                times_weight, start, slope
+            "the zeros are filled: their gradient must be zero": with_hook(
+                lambda w, gradient: gradient
+            ),
+            "the mask is upside down: train the kept weights": with_hook(
+                lambda w, gradient: torch.where(w == 0, gradient, 0)
+            ),
+            "negative weights were kept too: ask for != 0": with_hook(
+                lambda w, gradient: torch.where(w > 0, gradient, 0)
+            ),
+            "a kept gradient is changed: mask it, do not multiply it": with_hook(
+                lambda w, gradient: gradient * w
             ),
         },
     )

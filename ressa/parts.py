@@ -177,7 +177,7 @@ def _longest_list(module):
 
 
 def _unread_blocks(model, root):
-    "Paths of the blocks of a vision part whose output the language model does not read."
+    "Paths of the blocks of a vision part that the language model does not read."
     chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     path, n_blocks = _longest_list(model.get_submodule(root))
     if chosen is None or path is None:

@@ -246,7 +246,7 @@ def draw_mask(
     if ax is None:
         _, ax = plt.subplots(figsize=(4.5, 3))
     score = trial.dense_weights[name].abs() * trial.stats[name].norm
-    mask = select(score, sparsity).cpu()
+    mask = select(score, sparsity).cpu().numpy()
     ax.imshow(mask, cmap="cividis", aspect="auto", interpolation="nearest")
     short_name = name.split(".", 1)[1]
     ax.set(

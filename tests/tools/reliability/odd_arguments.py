@@ -31,14 +31,14 @@ MEANT = {  # number or text → why a function takes it
     ("max_shard_size",): "infinity is one file",
     ("seed",): "a generator takes any",
     ("ria", "power"): "a power may be negative",
-    ("solve", "low"): "any bracket",
-    ("solve", "high"): "any bracket",
-    ("solve", "want"): "its nearest end is the answer",
-    ("slope", "step"): "backwards is the same slope, and NaN is seen",
-    ("cheapest_first", "most"): "no step may be taken",
+    ("solve_increasing", "low"): "any bracket",
+    ("solve_increasing", "high"): "any bracket",
+    ("solve_increasing", "wanted"): "its nearest end is the answer",
+    ("random_slope", "step"): "backwards is the same slope, and NaN is seen",
+    ("cheapest_first", "limit"): "no step may be taken",
     ("take_examples", "n"): "no tensor has so few rows",
     ("pieces_of", "n"): "likewise",
-    ("cheapest_first", "want"): "none, or as many as there are",
+    ("cheapest_first", "wanted"): "none, or as many as there are",
     ("nth_question", "number"): "counted from the end, as in a list",
     ("per_layer", "setting"): "ranks too",
     ("target_keywords", "value"): "checked where a weight is",
@@ -88,9 +88,11 @@ LEFT_OUT = {  # name → why
     "retrieval": "needs towers, see evaluation/test_retrieval",
     "metric_of": "reads names of columns",
     "references_of": "reads names of columns",
-    "Staged": "see test_allocation",
-    "draw": "see test_allocation",
-    "search": "see test_allocation",
+    "StagedModel": "see test_allocation_study",
+    "draw_explorer": "see test_allocation_study",
+    "StoredPoints": "see test_allocation_study",
+    "error_bars": "given stored points, see test_allocation_study",
+    "search": "see test_search",
     "SelfTeacher": "see test_distillation",
     "advice": "see data/test_hub_errors",
     "Advice": "a row of a table, see data/test_hub_errors",
@@ -119,13 +121,14 @@ LEFT_OUT = {  # name → why
         "given results of the command, see test_cli",
     ),
     **dict.fromkeys(
-        ("draw_mask", "draw_surface", "sensitivity"), "see test_allocation"
+        ("draw_mask", "draw_surface", "sensitivity"), "see test_allocation_study"
     ),
     "peak_memory_mb": "no argument",
     **dict.fromkeys(
         ("explorer", "small_multiples", "image_tag"), "see course/test_explorers and test_cli"
     ),
-    **dict.fromkeys(("exact", "lmms_command"), "see wrong_calls"),
+    **dict.fromkeys(("meet_budget", "lmms_command"), "see wrong_calls"),
+    "LayerSteps": "what meet_budget counts in, see test_budgets",
     "run_study": "see course/test_studies",
 }
 
@@ -209,43 +212,45 @@ def right_calls(folder):
         reconstruction_error=dict(x=x, weight=weight, pruned=weight * 0.5),
         masked_weight=dict(weight=weight, A=torch.randn(2, 8), B=torch.randn(4, 2)),
         zeros_of=dict(target=0.5, shape=(4, 8)),
-        achieved=dict(allocation=dict(a=0.5, b=0.5), shapes=sizes),
-        steps_of=dict(shapes=sizes, max_sparsity=1.0),
-        solve=dict(rising=lambda: lambda t: t, want=0.5, low=0.0, high=1.0),
-        as_share=dict(count=4, width=8),
+        achieved_sparsity=dict(allocation=dict(a=0.5, b=0.5), shapes=sizes),
+        solve_increasing=dict(
+            function=lambda: lambda t: t, wanted=0.5, low=0.0, high=1.0
+        ),
         shapes_of=dict(model=model),
         uniform=dict(model=model, sparsity=0.5),
-        account=dict(allocation={name: 0.5 for name in layers}, model=model),
+        zeros_by_part=dict(model=model, allocation={name: 0.5 for name in layers}),
         by_modality=dict(model=model, vision=0.5, language=0.5),
-        meet_budget=dict(
-            wishes={n: 0.5 for n in mmap.layers}, model=model, sparsity=0.5
+        allocate=dict(
+            model=model, preferred={n: 0.5 for n in mmap.layers}, sparsity=0.5
         ),
         outlier_share=dict(weights=[weight], stats=[stats], factor=5.0),
         input_statistics=dict(model=model, batch=batch),
-        grouped=dict(model=model, names=list(layers), by="block"),
+        layer_groups=dict(model=model, names=list(layers), by="block"),
         owl=dict(model=model, batch=batch, sparsity=0.5, factor=5.0, spread=0.08),
-        slope=dict(
+        random_slope=dict(
             loss=lambda: lambda: float(weight.sum()),
             weights=[weight],
             generator=lambda: torch.Generator().manual_seed(0),
             step=1e-3,
         ),
-        in_proportion=dict(
+        proportional_sparsity=dict(
             worth=ones, sizes=dict(a=32, b=128), sparsity=0.5, max_sparsity=0.9
         ),
         ecoflap=dict(model=fresh, batch=batch, sparsity=0.5, pieces=2, step=1e-3),
-        loss_of=dict(model=model, batch=batch),
+        calibration_loss=dict(model=model, batch=batch),
         cheapest_first=dict(
             loss=lambda: lambda counts: sum(counts.values()),
             sizes=dict(a=4, b=4),
             counts=dict(a=0, b=0),
-            want=4.0,
-            most=4,
+            wanted=4.0,
+            limit=4,
         ),
         before_language=dict(model=model, batch=batch),
         language_with_head=dict(model=model),
-        Trials=dict(model=model, batch=batch, method="wanda"),
-        allocation_named=dict(name="uniform", model=model, batch=batch, sparsity=0.5),
+        TrialModel=dict(model=model, batch=batch, method="wanda"),
+        named_allocation=dict(name="uniform", model=model, batch=batch, sparsity=0.5),
+        splits_of_sum=dict(total=100, step=10),
+        setting_key=dict(setting=dict(vision=0.5)),
         anatomy=dict(model=model),
         read_layers=dict(model=model, batch=batch, layers=layers),
         looks_ahead=dict(model=model, batch=batch),

@@ -294,52 +294,52 @@ def options():
 def allocating():
     "Budgets."
     shapes = {"a": (4, 8), "b": (8, 16)}
-    wishes = dict.fromkeys(shapes, 0.5)
+    preferred = dict.fromkeys(shapes, 0.5)
 
-    def exact(kind, how, says, right=None, w=wishes, sparsity=0.5, **limits):
+    def meet(kind, how, says, right=None, preferred=preferred, sparsity=0.5, **limits):
         return Call(
             kind,
-            f"exact: {how}",
-            lambda: budgets.exact(w, shapes, sparsity, **limits),
+            f"meet_budget: {how}",
+            lambda: budgets.meet_budget(shapes, preferred, sparsity, **limits),
             says,
             right,
         )
 
     for bad in (1.3, -0.1, NAN, INF):
-        yield exact("impossible sparsity", f"sparsity={bad}", "sparsity", sparsity=bad)
+        yield meet("impossible sparsity", f"sparsity={bad}", "sparsity", sparsity=bad)
     for bad in (NAN, -0.5):
-        yield exact(
+        yield meet(
             "number out of range",
             f"max_sparsity={bad}",
             "max_sparsity",
             max_sparsity=bad,
         )
-    yield exact(
+    yield meet(
         "number out of range", "a cap below the target", "sparsity", max_sparsity=0.25
     )
-    yield exact("wrong name", "a layer without a wish", "b", w={"a": 0.5})
-    yield exact(
+    yield meet("wrong name", "a layer without a preference", "b", preferred={"a": 0.5})
+    yield meet(
         "wrong name", "a fixed layer that is not there", "zz", fixed={"zz": 0.5}
     )
-    yield exact("NaN or infinity in a wish", "nan", "wish", w={"a": NAN, "b": 0.5})
+    yield meet("NaN or infinity in a preference", "nan", "preferred", preferred={"a": NAN, "b": 0.5})
     for m in (0, 1, 3):
-        yield exact("impossible pattern", f"m={m}", "pattern|m=", m=m)
-    yield exact(
+        yield meet("impossible pattern", f"m={m}", "pattern|m=", m=m)
+    yield meet(
         "right call",
         "half of all",
         "",
-        lambda a: abs(budgets.achieved(a, shapes) - 0.5) < 0.03,
+        lambda a: abs(budgets.achieved_sparsity(a, shapes) - 0.5) < 0.03,
     )
     yield Call(
         "wrong name",
-        "achieved: a layer without a shape",
-        lambda: budgets.achieved({"zz": 0.5}, shapes),
+        "achieved_sparsity: a layer without a shape",
+        lambda: budgets.achieved_sparsity({"zz": 0.5}, shapes),
         "zz",
     )
     yield Call(
         "empty",
-        "achieved: no layer",
-        lambda: budgets.achieved({}, shapes),
+        "achieved_sparsity: no layer",
+        lambda: budgets.achieved_sparsity({}, shapes),
         "allocation",
     )
     for bad in (1.3, NAN, "4:2", "2:3"):

@@ -53,17 +53,11 @@ class StagedModel:
 
     def _prune(self, module, batch, allocation, names):
         "Prune from dense weights: the layers `names` are made dense first."
+        layers = self.mmap.layers
         for name in names:
-            self.mmap.layers[name].weight.data.copy_(self.dense_weights[name])
-        prune_layers(
-            module,
-            batch,
-            self.mmap.layers,
-            allocation,
-            self.method,
-            part_of=self.mmap.part_of,
-            progress=False,
-        )
+            layers[name].weight.data.copy_(self.dense_weights[name])
+        options = dict(part_of=self.mmap.part_of, progress=False)
+        prune_layers(module, batch, layers, allocation, self.method, **options)
 
     def prune_front(
         self,
@@ -89,12 +83,8 @@ class StagedModel:
     ) -> np.ndarray:  # (questions,) 1.0 where the answer is right
         "Which questions the model answers rightly when both are pruned in this way."
         self.prune_front(front)
-        self._prune(
-            self.language,
-            self.language_calibration,
-            language,
-            self.mmap.linears["language"],
-        )
+        names = self.mmap.linears["language"]
+        self._prune(self.language, self.language_calibration, language, names)
         return exact_match(self.language, self.language_questions)
 
 # %% ../../nbs/studies/allocation.ipynb #b2b2186f

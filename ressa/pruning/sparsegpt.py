@@ -86,7 +86,7 @@ def _choose(columns, diagonal, sparsity, pattern):
 
 # %% ../../nbs/course/06_sparsegpt.ipynb #77701772
 def _prune_block(columns, U, strip, sparsity, pattern):
-    "Prune the columns of one block (n, out) in place, with U (n, n); its errors E (n, out)."
+    "Prune the columns of one block (n, out) in place, with U (n, n); E (n, out)."
     n = len(columns)
     chosen_at_once = parse_pattern(pattern)[1] if pattern else n
     diagonal = U.diagonal()[:, None]

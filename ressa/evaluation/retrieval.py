@@ -109,7 +109,7 @@ def retrieval(
 ) -> dict[str, dict[int, float]]:  # "image→text" and "text→image": k → share found
     "R@k on a data set; examples with the same `image_id` are one image."
     image_ids = data["image_id"][:]
-    first_example = {}  # image id → index of its first example
+    first_example: dict[str, int] = {}  # image id → index of its first example
     for i, image_id in enumerate(image_ids):
         first_example.setdefault(image_id, i)
     number_of = {image_id: number for number, image_id in enumerate(first_example)}

@@ -15,8 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent / "reliability"))
 import odd_arguments  # noqa: E402
 import wrong_calls  # noqa: E402
 
-from ressa.pruning.masks import select
-from ressa.pruning.scores import reconstruction_error
 from ressa.pruning.statistics import Statistics
 
 METHODS = wrong_calls.METHODS
@@ -138,22 +136,6 @@ def test_counted_faults_were_survived():
 # What mutation testing found untested (tests/mutants.py)
 
 
-def test_reconstruction_error_is_relative():
-    x, weight = torch.randn(9, 6), torch.randn(4, 6)
-    assert reconstruction_error(x, weight, torch.zeros(4, 6)) == pytest.approx(1)
-    assert reconstruction_error(x, weight, weight) == 0
-    assert reconstruction_error(x, 3 * weight, 1.5 * weight) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("width", [3, 16, 17, 40])
-def test_of_equal_scores_the_leftmost_fall(width):
-    for group in ("row", "layer"):
-        mask = select(torch.ones(3, width), 0.5, group=group)
-        k = int(0.5 * width) if group == "row" else int(0.5 * 3 * width)
-        flat = mask.reshape(-1, width if group == "row" else 3 * width)
-        assert not flat[:, :k].any() and flat[:, k:].all()
-
-
 def test_no_file_holds_more_than_the_limit(tmp_path):
     from ressa import storage
 
@@ -198,23 +180,3 @@ def test_gain_is_a_ratio_of_times_of_all_tokens(monkeypatch):
     monkeypatch.setattr(packing.time, "perf_counter", lambda: next(clock))
     assert packing.measured_gain(weight, torch.clone, tokens=5, rounds=3) == 1
     assert set(seen) == {(5, 6)} and len(seen) == 8
-
-
-@pytest.mark.parametrize("dtype, large", [(torch.float32, 3e38), (torch.float16, 6e4)])
-def test_scores_whose_sum_is_too_large_are_no_infinity(dtype, large):
-    assert select(torch.full((2, 8), large, dtype=dtype), 0.5).sum() == 8
-
-
-@pytest.mark.parametrize("pattern", ["1:3", "2:5", "3:7"])
-def test_groups_that_do_not_divide_a_block(pattern):
-    "SparseGPT prunes 128 columns at a time, and a group must not be cut."
-    from ressa.pruning.masks import has_pattern
-
-    m = int(pattern[2])
-    weight, x = wrong_calls.example(6, 128 // m * m + 8 * m, tokens=300)
-    for name, method in METHODS.items():
-        pruned = method(weight, Statistics.of(x), pattern=pattern)
-        assert (
-            has_pattern(pruned, pattern)
-            and (pruned.reshape(-1, m) == 0).sum(1).eq(m - int(pattern[0])).all()
-        ), name

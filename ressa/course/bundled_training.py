@@ -167,7 +167,7 @@ def draw_shapes(
 
 # %% ../../nbs/studies/bundled_training.ipynb #acab899c
 def _one_cycle(parameters, peaks, steps):
-    """AdamW with a learning rate that rises for 10 % of the steps and then falls to zero.
+    """AdamW with a learning rate that rises for 10 % of the steps, then falls to zero.
 
     `peaks` holds the highest learning rate of each group of parameters.
     """

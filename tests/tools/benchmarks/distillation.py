@@ -1,6 +1,6 @@
 """What the distillation loss costs, forward and backward, in several forms; and what each kind of teacher costs.
 
-    python tests/benchmarks/distillation.py [--rounds 3] [--out FILE.json]
+    python tests/tools/benchmarks/distillation.py [--rounds 3] [--out FILE.json]
 
 Loss: 1,024 answer tokens in 1,280 positions, λ = 0.5, one CPU thread. All forms take turns in one process; `time` is the
 median of the ratios to the plain form of the same round, by the clock of the process, which other work on the machine
@@ -29,9 +29,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ressa.adaptation.distillation import (
+    CHUNK_NUMBERS,
     Targets,
     answer_logits,
+    answer_places,
     distillation_loss,
+    flat_logits,
     kl_sum,
     loss_terms,
     top_targets,
@@ -49,13 +52,17 @@ from ressa.data.easy_vqa import load_easy_vqa
 from ressa.models.bundled import load_bundled
 from ressa.pruning.engine import prune
 
-WEIGHT, WORDS = 0.5, 16
+WEIGHT = 0.5  # λ
+WORDS = 16  # listed by `top_targets`
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 def plain(logits, teacher, labels):
     "The formula as one writes it down."
-    (z, answers), (t, _) = answer_logits(logits, labels), answer_logits(teacher, labels)
-    log_q, log_p = F.log_softmax(z.float(), -1), F.log_softmax(t.float(), -1)
+    z, answers = answer_logits(logits, labels)
+    t, _ = answer_logits(teacher, labels)
+    log_q = F.log_softmax(z.float(), -1)
+    log_p = F.log_softmax(t.float(), -1)
     divergence = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     return (1 - WEIGHT) * F.cross_entropy(z.float(), answers) + WEIGHT * divergence
 
@@ -72,23 +79,25 @@ def ours(logits, teacher, labels):
 
 def mixture(z, answers, t):
     "The loss summed over some tokens."
-    return (1 - WEIGHT) * F.cross_entropy(
-        z.float(), answers, reduction="sum"
-    ) + WEIGHT * kl_sum(z, t)
+    task = F.cross_entropy(z.float(), answers, reduction="sum")
+    return (1 - WEIGHT) * task + WEIGHT * kl_sum(z, Targets(t))
 
 
 def size(logits):
-    return max(1, 2**20 // logits.shape[-1])  # as in `in_chunks`
+    "Positions in a chunk, as in `sum_in_chunks`."
+    return max(1, CHUNK_NUMBERS["cpu"] // logits.shape[-1])
 
 
 def checkpointed(logits, teacher, labels):
     "PyTorch's checkpoint on each chunk."
-    (z, answers), (t, _) = answer_logits(logits, labels), answer_logits(teacher, labels)
-    pieces = zip(*[part.split(size(logits)) for part in (z, answers, t)])
-    return sum(
-        checkpoint(mixture, *piece, use_reentrant=False, preserve_rng_state=False)
-        for piece in pieces
-    ) / len(z)
+    z, answers = answer_logits(logits, labels)
+    t, _ = answer_logits(teacher, labels)
+    total = 0
+    for chunk in zip(*[part.split(size(logits)) for part in (z, answers, t)]):
+        total = total + checkpoint(
+            mixture, *chunk, use_reentrant=False, preserve_rng_state=False
+        )
+    return total / len(z)
 
 
 class _InForward(torch.autograd.Function):
@@ -111,10 +120,13 @@ class _InForward(torch.autograd.Function):
 
 def in_forward(logits, teacher, labels):
     "The gradient is computed during the forward pass, as in Liger kernels; λ must be known by then."
-    predicted = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-    rows = (predicted != -100).nonzero()[:, 0]
+    places, answers = answer_places(labels)
     return _InForward.apply(
-        logits.flatten(0, 1), teacher.flatten(0, 1), rows, predicted[rows], size(logits)
+        flat_logits(logits, labels),
+        flat_logits(teacher, labels),
+        places,
+        answers,
+        size(logits),
     )
 
 
@@ -142,7 +154,7 @@ def make(vocabulary, dtype, rows=8, tokens=160, answers=128):
 
 
 def taught(form, teacher, labels):
-    "What the form takes for a teacher; the few words are found row by row, so that no copy is made."
+    "What the form takes for a teacher; few words are found example by example, so that no copy is made."
     if "words" not in form:
         return teacher
     parts = [
@@ -174,9 +186,8 @@ def memory(key):
 
 def peak(form, vocabulary, dtype):
     "Bytes beyond those before, at most, in this process, in units of the logits."
-    ctypes.CDLL(None).mallopt(
-        -3, 2**16
-    )  # M_MMAP_THRESHOLD: what is freed leaves the process at once, and is not "before"
+    # What is freed leaves the process at once, and is not "before".
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     for words in (64, vocabulary):  # the first round loads what torch loads once
         logits, teacher, labels = make(words, dtype)
         teacher = taught(form, teacher, labels)
@@ -197,7 +208,8 @@ def fresh_peak(*args):
 
 
 def seconds(form, logits, teacher, labels):
-    logits.grad, start = None, time.process_time()
+    logits.grad = None
+    start = time.process_time()
     form(logits, teacher, labels).backward()
     return time.process_time() - start
 
@@ -205,12 +217,15 @@ def seconds(form, logits, teacher, labels):
 def times_of_loss(vocabulary, dtype, rounds):
     "Form → seconds, and the ratio to the plain form."
     logits, teacher, labels = make(vocabulary, dtype)
-    said = {name: taught(name, teacher, labels) for name in FORMS}
+    taught_by = {name: taught(name, teacher, labels) for name in FORMS}
     turns = []
     for i in range(rounds + 1):  # the first is not counted
         order = list(FORMS)[i % len(FORMS) :] + list(FORMS)[: i % len(FORMS)]
         turns.append(
-            {name: seconds(FORMS[name], logits, said[name], labels) for name in order}
+            {
+                name: seconds(FORMS[name], logits, taught_by[name], labels)
+                for name in order
+            }
         )
     return {
         name: {
@@ -247,34 +262,31 @@ def cost_of_loss(sizes, rounds):
 
 def cost_of_teachers(n=512, rows=64, rounds=5):
     "A row of results per teacher."
-    (dense, processor), (student, _), train = (
-        load_bundled("cpu"),
-        load_bundled("cpu"),
-        load_easy_vqa("train"),
-    )
+    dense, processor = load_bundled("cpu")
+    student, _ = load_bundled("cpu")
+    train = load_easy_vqa("train")
     prune(student, calibration_batch(train, processor), sparsity=0.8, progress=False)
     train = train.select(range(n))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "said.arrow"
         cached = cache_targets(dense, train, processor, file, k=WORDS)
-        lines, bytes_per_row = Dataset.from_file(str(file)), file.stat().st_size / n
+        lines = Dataset.from_file(str(file))
+        bytes_per_row = file.stat().st_size / n
         batches = [
             collate_targets([cached[j] for j in range(i, i + rows)], processor)
             for i in range(0, n, rows)
         ]
 
         def read(_, batch):
-            some = [lines[j] for j in range(rows)]
+            examples = [lines[j] for j in range(rows)]
             return [
-                torch.cat([torch.as_tensor(row[name]) for row in some])
+                torch.cat([torch.as_tensor(example[name]) for example in examples])
                 for name in ("teacher_log_p", "teacher_words")
             ]
 
-        second, itself = (
-            ModelTeacher(dense),
-            SelfTeacher(dense, student.requires_grad_(False)),
-        )
-        said = {
+        second = ModelTeacher(dense)
+        itself = SelfTeacher(dense, student.requires_grad_(False))
+        teachers = {
             "second model": second,
             "student itself": itself,
             "cached": CachedTeacher(),
@@ -296,13 +308,12 @@ def cost_of_teachers(n=512, rows=64, rounds=5):
         def divergence(teacher, batch):
             with torch.no_grad():
                 logits = student(**model_inputs(batch)).logits
-            return loss_terms(logits, teacher(student, batch), batch["labels"])[
-                1
-            ].item()
+            targets = teacher(student, batch)
+            return loss_terms(logits, targets, batch["labels"])[1].item()
 
         found = {
             name: [divergence(teacher, batch) for batch in batches]
-            for name, teacher in said.items()
+            for name, teacher in teachers.items()
         }
     return [
         {
@@ -335,7 +346,7 @@ if __name__ == "__main__":
         "torch": torch.__version__,
         "seed": 0,
         "rounds": args.rounds,
-        "command": f"python tests/benchmarks/distillation.py --rounds {args.rounds}",
+        "command": f"python tests/tools/benchmarks/distillation.py --rounds {args.rounds}",
         "loss": loss,
         "teachers": cost_of_teachers(),
     }

@@ -1,7 +1,7 @@
 """How long SparseLoRA's forward and backward pass takes beside PEFT's LoRA layer, and what each holds in between.
 
-    python tests/benchmarks/sparselora.py [--threads 1 2] [--rounds 40] [--out FILE.json]
-    python tests/benchmarks/sparselora.py --device cuda --width 4096 --dtype bfloat16 [--out FILE.json]
+    python tests/tools/benchmarks/sparselora.py [--threads 1 2] [--rounds 40] [--out FILE.json]
+    python tests/tools/benchmarks/sparselora.py --device cuda --width 4096 --dtype bfloat16 [--out FILE.json]
 
 The layers have rank 16 and an input that needs its gradient. `naive` is the masked formula left to autograd. All forms
 take turns in one process; the figures are medians of the ratios of neighbours. With one CPU thread the clock is that of
@@ -68,11 +68,9 @@ def now(device):
     "Seconds on the clock described above."
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return (
-        time.process_time()
-        if device.type == "cpu" and torch.get_num_threads() == 1
-        else time.perf_counter()
-    )
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
 
 
 def seconds(layer, x, dy):
@@ -111,9 +109,8 @@ def compare(out, width, tokens, rounds, bias=False, device="cpu", dtype=torch.fl
         for _ in range(3):
             seconds(layer, x, dy)
     rows = []
-    for i in range(
-        rounds
-    ):  # each form follows each other one in turn, so that none always finds the same heap
+    # Each form follows each other one in turn, so that none always finds the same heap.
+    for i in range(rounds):
         order = list(layers)[i % 3 :] + list(layers)[: i % 3]
         if i % 2:
             order.reverse()
@@ -246,7 +243,7 @@ if __name__ == "__main__":
         with open(args.out, "w") as file:
             json.dump(
                 dict(
-                    command=f"python tests/benchmarks/sparselora.py {options}",
+                    command=f"python tests/tools/benchmarks/sparselora.py {options}",
                     device=name,
                     seed=0,
                     rank=16,

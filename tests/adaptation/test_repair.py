@@ -1,0 +1,334 @@
+"""A repair in one call: every zero stays, it resumes to the bit, stops early, reports, and refuses before it begins."""
+
+import copy
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import same_repair
+import torch
+from same_repair import repaired, weights_of
+
+from ressa.adaptation.adapters import ADAPTERS, zero_masks, zeros_filled
+from ressa.adaptation.distillation import distillation_loss
+from ressa.adaptation.repair import RepairReport, repair
+from ressa.adaptation.teachers import CachedTeacher
+from ressa.data.collate import collate
+
+SHORT = dict(steps=2, batch_size=4, r=2, disable_tqdm=True)
+EVERY_STEP_KEPT = dict(
+    steps=4, batch_size=4, save_steps=1, save_total_limit=9, disable_tqdm=True, r=2
+)
+
+
+def equal(a, b):
+    weights = zip(a.parameters(), b.parameters(), strict=True)
+    return all(torch.equal(x, y) for x, y in weights)
+
+
+@pytest.fixture
+def repaired_copy(case):
+    "A function that repairs a copy of the pruned model."
+
+    def run(**options):
+        model = copy.deepcopy(case.pruned)
+        options = dict(teacher=case.dense) | options
+        return repair(model, case.train, case.processor, **options)
+
+    return run
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("adapter", list(ADAPTERS))
+def test_a_plain_model_with_every_zero(case, repaired_copy, adapter):
+    masks = zero_masks(case.pruned)
+    report = repaired_copy(
+        **SHORT, adapter=adapter, learning_rate=1e-2, weight_decay=0.1
+    )
+    assert type(report.model) is type(case.pruned)
+    assert report.model.state_dict().keys() == case.pruned.state_dict().keys()
+    assert not report.model.training
+    assert not equal(report.model, case.pruned)
+    assert report.zeros_filled == zeros_filled(masks, report.model) == 0
+    for name, mask in masks.items():
+        weight = report.model.get_submodule(name).weight
+        assert not torch.signbit(weight[~mask]).any(), name
+
+
+def test_the_report(case, repaired_copy):
+    held_out = case.train.select(range(20, 30))
+    report = repaired_copy(**SHORT, held_out=held_out)
+    assert isinstance(report, RepairReport)
+    assert list(report.losses) == [1, 2]
+    for step, loss in report.losses.items():
+        terms = (
+            report.logged("task_loss")[step],
+            report.logged("distillation_loss")[step],
+        )
+        assert loss == pytest.approx(sum(terms) / 2, rel=1e-4)
+    before, after = report.held_out
+    assert 0 <= before <= 1
+    assert 0 <= after <= 1
+    assert report.seconds > 0
+    for trained, weights in report.trained.values():
+        assert 0 < trained < weights
+    text = repr(report)
+    for word in ("vision", "interface", "language", "training loss", "held-out score"):
+        assert word in text
+    assert "zeros filled 0" in text
+    ax = report.plot()
+    assert {line.get_label() for line in ax.lines} == {"task", "distillation"}
+    assert ax.get_xlabel() and ax.get_ylabel()
+    plt.close(ax.figure)
+
+
+def test_without_a_folder_nothing_is_left(repaired_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with_folder = repaired_copy(**SHORT, folder=tmp_path / "checkpoints")
+    without = repaired_copy(**SHORT)
+    assert equal(with_folder.model, without.model)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_labels_alone_need_no_teacher(repaired_copy):
+    report = repaired_copy(**SHORT, teacher=None, distill_weight=0)
+    assert set(report.logged("distillation_loss").values()) == {0}
+    assert report.losses == report.logged("task_loss")
+
+
+def test_bf16_on_a_cpu_trains_and_keeps_zeros(case, repaired_copy):
+    report = repaired_copy(**SHORT, bf16=True, learning_rate=1e-2)
+    assert report.zeros_filled == 0
+    assert not equal(report.model, case.pruned)
+    assert report.model.dtype == torch.float32
+    assert all(torch.tensor(loss).isfinite() for loss in report.losses.values())
+
+
+def test_streamed_examples_are_trained_on(case):
+    stream = case.train.select(range(16)).to_iterable_dataset()
+    report = repair(case.pruned, stream, case.processor, teacher=case.dense, **SHORT)
+    assert list(report.losses) == [1, 2]
+
+
+def test_a_harmful_repair_warns(case):
+    model = copy.deepcopy(case.dense)
+    before = copy.deepcopy(case.dense)
+    held_out = case.train.select(range(20, 40))
+    with pytest.warns(UserWarning, match="repair lowered the held-out score from"):
+        report = repair(
+            model,
+            case.train,
+            case.processor,
+            teacher=case.dense,
+            held_out=held_out,
+            **SHORT | dict(steps=3, learning_rate=1.0),
+        )
+    assert report.held_out[1] < report.held_out[0]
+    assert equal(case.dense, before)
+
+
+# Going on after a stop
+
+
+def losses_of(log):
+    "Step, loss and held-out loss of every line that has one."
+    return [
+        (line["step"], line.get("loss"), line.get("eval_loss"))
+        for line in log
+        if "loss" in line or "eval_loss" in line
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "adapter,patience",
+    [("sparselora", None), ("bias", None), ("sparselora", 9), ("full", 9)],
+)
+def test_resumed_at_any_step_equals_uninterrupted(
+    case, repaired_copy, tmp_path, adapter, patience
+):
+    "What a kill after each step would have left is gone on with, to the same bits and the same log."
+    options = EVERY_STEP_KEPT | dict(adapter=adapter)
+    if patience:
+        options |= dict(
+            patience=patience,
+            held_out=case.train.select(range(20, 26)),
+            learning_rate=0.05,
+        )
+    whole = repaired_copy(folder=tmp_path / "run", **options)
+    kept = (tmp_path / "run").rename(tmp_path / "kept")
+    for last in (1, 3, 4):
+        for step in range(1, last + 1):
+            name = f"checkpoint-{step}"
+            shutil.copytree(kept / name, tmp_path / "run" / name)
+        resumed = repaired_copy(folder=tmp_path / "run", **options)
+        assert equal(resumed.model, whole.model), f"after step {last}"
+        assert losses_of(resumed.log) == losses_of(whole.log), f"after step {last}"
+        shutil.rmtree(tmp_path / "run")
+    assert whole.logged("task_loss").keys() == whole.losses.keys()
+    assert whole.logged("distillation_loss").keys() == whole.losses.keys()
+
+
+REPAIRED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from same_repair import repaired
+repaired(sys.argv[2], **json.loads(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [dict(adapter="sparselora"), dict(adapter="full", patience=9)]
+)
+def test_killed_at_a_random_moment_equals_uninterrupted(tmp_path, options):
+    "SIGKILL, wherever it hits, and the same call again."
+    options |= dict(steps=5, batch_size=4, disable_tqdm=True, r=2, save_steps=1)
+    folder = tmp_path / "killed"
+    tools = str(Path(same_repair.__file__).parent)
+    arguments = [tools, str(folder), json.dumps(options)]
+    child = subprocess.Popen([sys.executable, "-c", REPAIRED, *arguments])
+    while not list(folder.glob("checkpoint-2*")) and child.poll() is None:
+        time.sleep(0.005)
+    clock = torch.Generator().manual_seed(time.time_ns() % 2**31)
+    time.sleep(0.5 * float(torch.rand(1, generator=clock)))
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "the child was to be killed while it ran"
+    resumed = repaired(folder, **options)
+    assert equal(resumed, repaired(tmp_path / "whole", **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["", '{"glo'])
+def test_a_half_written_checkpoint_is_not_taken(repaired_copy, tmp_path, broken):
+    options = EVERY_STEP_KEPT | dict(save_steps=2, save_total_limit=2, folder=tmp_path)
+    whole = repaired_copy(**options)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(broken)
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    again = repaired_copy(**options)
+    assert equal(again.model, whole.model)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_system(
+    repaired_copy, tmp_path, monkeypatch
+):
+    def full(*args, **kwargs):
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 16"
+        )
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint could not be written"):
+        repaired_copy(**SHORT, folder=tmp_path, save_steps=1)
+
+
+# Early stopping
+
+
+def loss_on(case, model, examples):
+    "The mean loss over answer tokens of a few examples, without a trainer."
+    losses = []
+    for start in range(0, len(examples), 4):
+        some = [examples[i] for i in range(start, start + 4)]
+        batch = collate(some, case.processor)
+        with torch.no_grad():
+            logits, dense_logits = model(**batch).logits, case.dense(**batch).logits
+        losses.append(distillation_loss(logits, dense_logits, batch["labels"]))
+    return float(sum(losses) / len(losses))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter, absurd_rate", [("sparselora", 0.3), ("full", 100.0)])
+def test_early_stopping_stops_and_keeps_the_best(
+    case, repaired_copy, tmp_path, adapter, absurd_rate
+):
+    "At an absurd learning rate the first evaluation is the best; gone on with, it stays stopped."
+    held_out = case.train.select(range(20, 28))
+    options = dict(
+        steps=12,
+        batch_size=4,
+        r=2,
+        learning_rate=absurd_rate,
+        patience=2,
+        held_out=held_out,
+        disable_tqdm=True,
+        adapter=adapter,
+        save_total_limit=20,
+        lr_scheduler_type="linear",
+        warmup_steps=3,
+        folder=tmp_path,
+    )
+    report = repaired_copy(**options)
+    watched = report.logged("eval_loss")
+    best, last = min(watched, key=watched.get), max(watched)
+    assert last == best + 2 < 12, watched
+    for term in ("eval_task_loss", "eval_distillation_loss"):
+        assert report.logged(term).keys() == watched.keys()
+    again = repaired_copy(**options)
+    assert equal(again.model, report.model)
+    last_checkpoint = tmp_path / f"checkpoint-{last}"
+    state = json.loads((last_checkpoint / "trainer_state.json").read_text())
+    assert state["best_global_step"] == best
+    for step in watched:  # the checkpoint of the best step alone holds what came back
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        found = weights_of(copy.deepcopy(case.pruned), checkpoint, adapter)
+        assert equal(found, report.model) == (step == best)
+    # Stopped while it waits for a better loss, it waits no longer than it would have.
+    shutil.rmtree(last_checkpoint)
+    again = repaired_copy(**options)
+    assert equal(again.model, report.model)
+    assert max(again.logged("eval_loss")) == last
+    loss = loss_on(case, report.model, held_out)
+    assert loss == pytest.approx(watched[best], rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_without_a_folder_the_best_is_kept_too(case, repaired_copy, tmp_path):
+    options = SHORT | dict(
+        steps=6,
+        learning_rate=0.3,
+        patience=1,
+        held_out=case.train.select(range(20, 26)),
+    )
+    without = repaired_copy(**options)
+    assert equal(without.model, repaired_copy(folder=tmp_path, **options).model)
+
+
+# Refusals
+
+
+def test_settings_that_do_not_fit_are_refused_before_the_model_is_changed(case):
+    before = copy.deepcopy(case.pruned)
+    nothing = case.train.select([])
+    wrong = [
+        ("adapter must be one of", dict(adapter="dora")),
+        ("no training examples", dict(data=nothing)),
+        ("patience needs held_out", dict(patience=1)),
+        ("held_out is empty", dict(held_out=nothing)),
+        ("steps must be 1 or more", dict(steps=0)),
+        ("temperature must be above 0", dict(temperature=0.0)),
+        ("positions must be", dict(positions="some")),
+        ("distill_weight must be in", dict(distill_weight=1.5)),
+        ("needs a teacher", dict(teacher=None)),
+        ("training examples hold no targets", dict(teacher=CachedTeacher())),
+        ("visoin", dict(r={"visoin": 2})),
+    ]
+    right = dict(
+        model=case.pruned,
+        data=case.train,
+        processor=case.processor,
+        teacher=case.dense,
+    )
+    for message, settings in wrong:
+        with pytest.raises(ValueError, match=message):
+            repair(**right | settings)
+        assert case.pruned.state_dict().keys() == before.state_dict().keys()
+        assert equal(case.pruned, before), message

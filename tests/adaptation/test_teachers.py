@@ -1,0 +1,303 @@
+"""Three teachers say the same; the student itself is left as it was; files of other things are refused."""
+
+import copy
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import (
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    T5Config,
+)
+
+from ressa.adaptation.distillation import loss_terms
+from ressa.adaptation.sparse_lora import SparseLoraConfig
+from ressa.adaptation.teachers import (
+    CachedTeacher,
+    ModelTeacher,
+    SelfTeacher,
+    cache_targets,
+    collate_targets,
+    model_inputs,
+)
+from ressa.data.collate import calibration_batch, collate
+from ressa.models.inputs import is_causal
+from ressa.parts import modality_map
+from ressa.pruning.engine import prune
+
+ALL_WORDS = 10**6  # more than any vocabulary: every word is listed
+
+
+@pytest.fixture
+def examples(case):
+    return case.train.select(range(8))
+
+
+@pytest.fixture
+def batch(case, examples):
+    return collate(list(examples), case.processor)
+
+
+# The student itself
+
+
+@pytest.fixture
+def frozen(case):
+    "A case whose pruned model trains nothing of its own."
+    case.pruned.requires_grad_(False)
+    return case
+
+
+def adapted(model):
+    "A SparseLoRA student that has learnt something, in training, with dropout."
+    student = get_peft_model(model, SparseLoraConfig(r=2, lora_dropout=0.3)).train()
+    for name, weight in student.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return student
+
+
+def state(student):
+    "Modes, what is trained, and every weight's bits."
+    modes = [module.training for module in student.modules()]
+    trained = [weight.requires_grad for weight in student.parameters()]
+    bits = [
+        weight.detach().clone().view(torch.int32) for weight in student.parameters()
+    ]
+    return modes, trained, bits
+
+
+def assert_same_state(a, b):
+    assert a[:2] == b[:2]
+    for x, y in zip(a[2], b[2], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_student_itself_is_the_dense_model(frozen, batch):
+    layers = modality_map(frozen.pruned).layers
+    zeros = {name: layer.weight == 0 for name, layer in layers.items()}
+    removed = sum(int(is_zero.sum()) for is_zero in zeros.values())
+    teacher = SelfTeacher(frozen.dense, frozen.pruned)
+    assert teacher.nbytes == 4 * removed
+    want = ModelTeacher(frozen.dense)(None, batch)
+    assert torch.equal(teacher(frozen.pruned, batch), want)
+    student = adapted(frozen.pruned)
+    before = state(student)
+    with torch.no_grad():
+        assert (student.eval()(**batch).logits - want).abs().max() > 0.1
+    student.train()
+    for _ in range(2):
+        assert torch.equal(teacher(student, batch), want)
+    assert_same_state(state(student), before)
+    merged = student.merge_and_unload()
+    for name, layer in modality_map(merged).layers.items():
+        assert torch.equal(layer.weight == 0, zeros[name])
+        assert not torch.signbit(layer.weight[zeros[name]]).any()
+
+
+def test_all_is_put_back_when_the_forward_raises(frozen, batch):
+    layers = list(modality_map(frozen.pruned).layers.values())
+    teacher = SelfTeacher(frozen.dense, frozen.pruned)
+    student = adapted(frozen.pruned)
+    before = state(student)
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
+        for register in (layer.register_forward_pre_hook, layer.register_forward_hook):
+            hook = register(fail)
+            with pytest.raises(RuntimeError, match="stop"):
+                teacher(student, batch)
+            hook.remove()
+            assert_same_state(state(student), before)
+    want = ModelTeacher(frozen.dense)(None, batch)
+    assert torch.equal(teacher(student, batch), want)
+
+
+def test_the_student_itself_refuses(frozen, batch, examples):
+    model, dense = frozen.pruned, frozen.dense
+    teacher = SelfTeacher(dense, model)
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        teacher(copy.deepcopy(model), batch)
+    biases = [weight for name, weight in model.named_parameters() if "bias" in name]
+    biases[0].requires_grad_()
+    with pytest.raises(ValueError, match="own weights are trained"):
+        teacher(model, batch)
+    biases[0].requires_grad_(False)
+    layer = next(iter(modality_map(model).layers.values()))
+    layer.weight.data[layer.weight == 0] = 1.0
+    with pytest.raises(ValueError, match="zeros have changed"):
+        teacher(model, batch)
+    changed = copy.deepcopy(dense)
+    calibration = calibration_batch(examples, frozen.processor, n=8)
+    prune(changed, calibration, "sparsegpt", sparsity=0.5, progress=False)
+    with pytest.raises(ValueError, match="pruning changed kept weights"):
+        SelfTeacher(dense, changed)
+
+
+def test_the_student_itself_in_another_precision(frozen, batch):
+    teacher = SelfTeacher(frozen.dense, frozen.pruned)
+    student = adapted(frozen.pruned).double()
+    dense = frozen.dense.double()
+    batch = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+    want = ModelTeacher(dense)(None, batch)
+    torch.testing.assert_close(teacher(student, batch), want)
+
+
+# The file
+
+
+def test_file_of_other_things_is_refused(case, examples, tmp_path):
+    file = tmp_path / "sub" / "said.arrow"
+    right = dict(teacher=case.dense, data=examples, processor=case.processor, file=file)
+    with pytest.raises(ValueError, match="said.arrow does not exist, and no teacher"):
+        cache_targets(**right | dict(teacher=None))
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, not 0"):
+        cache_targets(**right, batch_size=0)
+    cached = cache_targets(**right, batch_size=3)
+    made = file.stat().st_mtime_ns
+    own_columns = cached.column_names[: len(examples.column_names)]
+    assert own_columns == examples.column_names
+    for teacher in (case.dense, None):
+        assert cache_targets(**right | dict(teacher=teacher))[5] == cached[5]
+    black = examples.map(lambda example: {"image": np.zeros_like(example["image"])})
+    answers = [*examples["answer"][:7], "another"]
+    other_answer = examples.remove_columns("answer").add_column("answer", answers)
+    wrong = [
+        dict(data=case.train.select(range(1, 9))),
+        dict(data=examples.select(range(7))),
+        dict(data=black),
+        dict(data=other_answer),
+        dict(teacher=case.pruned),
+        dict(k=15),
+        dict(temperature=2.0),
+        dict(teacher=None, temperature=2.0),
+    ]
+    for other in wrong:
+        with pytest.raises(ValueError, match="said.arrow holds targets of"):
+            cache_targets(**right | other)
+    assert file.stat().st_mtime_ns == made
+
+
+KILLED_IN_THE_THIRD_BATCH = """
+import os, signal, sys
+from ressa import cache_targets, load_bundled, load_easy_vqa
+
+dense, processor = load_bundled("cpu")
+forward, calls = dense.forward, []
+
+
+def dying(**batch):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(**batch)
+
+
+dense.forward = dying
+examples = load_easy_vqa("train").select(range(8))
+cache_targets(dense, examples, processor, sys.argv[1], batch_size=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_half_file(case, examples, tmp_path):
+    file = tmp_path / "said.arrow"
+    command = [sys.executable, "-c", KILLED_IN_THE_THIRD_BATCH, str(file)]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not file.exists()
+    cached = cache_targets(case.dense, examples, case.processor, file)
+    assert len(cached) == len(Dataset.from_file(str(file))) == 8
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_cached_targets_are_those_of_the_model(case, examples, tmp_path, temperature):
+    "In any batches, in any order; with all words listed the loss is that of the model."
+    cached = cache_targets(
+        case.dense,
+        examples,
+        case.processor,
+        tmp_path / "said.arrow",
+        k=ALL_WORDS,
+        temperature=temperature,
+        batch_size=3,
+    )
+    order = [6, 1, 3, 0, 7]
+    batch = collate_targets([cached[i] for i in order], case.processor)
+    plain_batch = collate([examples[i] for i in order], case.processor)
+    assert model_inputs(batch).keys() == plain_batch.keys()
+    with torch.no_grad():
+        logits = case.pruned(**plain_batch).logits
+    losses = []
+    for teacher in (CachedTeacher(), ModelTeacher(case.dense)):
+        targets = teacher(case.pruned, batch)
+        _, divergence = loss_terms(
+            logits, targets, batch["labels"], temperature=temperature
+        )
+        losses.append(divergence)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    assert losses[1] > 0.1
+    assert set(cached["teacher_temperature"]) == {temperature}
+    without_targets = collate_targets([examples[0]], case.processor)
+    with pytest.raises(ValueError, match="hold no targets"):
+        CachedTeacher()(case.pruned, without_targets)
+
+
+def encoder_decoder_config(config, pad_token_id):
+    "A small InstructBLIP with T5 for its language model."
+    text = T5Config(
+        vocab_size=config.text_config.vocab_size,
+        d_model=32,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=pad_token_id,
+    )
+    return InstructBlipConfig(
+        vision_config=config.vision_config.to_dict(),
+        qformer_config=config.qformer_config.to_dict(),
+        text_config=text.to_dict(),
+        num_query_tokens=config.num_query_tokens,
+        image_token_index=config.image_token_index,
+    )
+
+
+def test_targets_of_an_encoder_decoder(case, examples, tmp_path):
+    "Logits at i predict the label at i; the model makes its inputs of the labels, and no answer stands in the prompt."
+    pad_token_id = case.processor.tokenizer.pad_token_id
+    config = encoder_decoder_config(case.dense.config, pad_token_id)
+    dense = InstructBlipForConditionalGeneration(config).eval()
+    student = InstructBlipForConditionalGeneration(config).eval()
+    assert is_causal(case.dense)
+    assert not is_causal(dense)
+    cached = cache_targets(
+        dense,
+        examples,
+        case.processor,
+        tmp_path / "said.arrow",
+        k=ALL_WORDS,
+        batch_size=4,
+    )
+    batch = collate_targets(list(cached), case.processor, causal=False)
+    assert batch["labels"].shape[1] < batch["input_ids"].shape[1]
+    with torch.no_grad():
+        logits = student(**model_inputs(batch)).logits
+    losses = []
+    for teacher in (CachedTeacher(), ModelTeacher(dense)):
+        targets = teacher(student, batch)
+        losses.append(loss_terms(logits, targets, batch["labels"], shift=False)[1])
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+    assert losses[1] > 1e-4

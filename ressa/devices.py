@@ -66,7 +66,7 @@ def pick_dtype(
 # %% ../nbs/reference/devices.ipynb #e835424b
 def to_device(
     batch: Mapping[str, Any],  # name → tensor or any other value
-    device: str | torch.device,  # the device of the model
+    device: Any,  # a torch.device or its name: `model.device`
 ) -> dict[str, Any]:
     "Return the batch with its tensors on `device`, and other values as they are."
     moved = {}

@@ -229,7 +229,7 @@ def mirror(
     batch: dict[str, Any],  # with `pixel_values` (images, channels, height, width)
     share: float = 0.5,  # how many images are flipped, on average
 ) -> dict[str, Any]:
-    "Flip a random share of the images of a batch. Raises `ValueError` for another share."
+    "Flip a random share of the images of a batch. Raises `ValueError` for a bad share."
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], not {share}")
     pixels = batch["pixel_values"]

@@ -85,3 +85,9 @@ def test_why_statistics_are_unusable():
     assert "no calibration token" in unusable(Statistics.of(x[:0]))
     x[3, 2] = torch.inf
     assert "NaN or infinity" in unusable(Statistics.of(x))
+
+
+def test_an_attention_mask_of_numbers_is_a_mask():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    text = torch.randn(2, 3, 6)
+    assert torch.equal(real_tokens(text, mask), text[[0, 0, 1], [0, 1, 0]])

@@ -238,7 +238,7 @@ def mirror(
 
 # %% ../../nbs/studies/bundled_training.ipynb #19ae606a
 def _vision_and_rest(model):
-    "The parameters in two groups for an optimizer: those of the vision part, and others."
+    "The parameters in two groups for an optimizer: of the vision part, and the others."
     vision = list(model.vision_model.parameters())
     in_vision = {id(parameter) for parameter in vision}
     rest = [p for p in model.parameters() if id(p) not in in_vision]
@@ -288,7 +288,7 @@ def train_answers(
 
 # %% ../../nbs/studies/bundled_training.ipynb #4eec9458
 def _pretrained_vision(vision, folder, steps, seed):
-    "Load the weights of step one into `vision`, or train and store them; returns the log."
+    "Load step one's weights into `vision`, or train and store them; return the log."
     weights_file = folder / "vision.safetensors"
     log_file = folder / "vision.json"
     if weights_file.exists():

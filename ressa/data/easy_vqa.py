@@ -75,7 +75,7 @@ def _questions_by_image(split):
         if split == "train"
         else easy_vqa.get_test_questions
     )
-    pairs_of: dict[int, list[tuple[str, str]]] = {}
+    pairs_of = {}
     for question, answer, image_id in zip(*read()):
         pairs_of.setdefault(image_id, []).append((question, answer))
     return pairs_of
@@ -146,7 +146,7 @@ def word_tokenizer(
 ) -> PreTrainedTokenizerFast:  # pads on the left, and begins each text with <bos>
     "Make a tokenizer that knows the words of `texts` in lower case, one token each."
     split = pre_tokenizers.Whitespace()
-    words = set()
+    words: set[str] = set()
     for text in texts:
         words.update(word for word, _ in split.pre_tokenize_str(text.lower()))
     vocabulary = {word: i for i, word in enumerate([*SPECIAL_TOKENS, *sorted(words)])}

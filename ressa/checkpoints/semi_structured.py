@@ -24,6 +24,14 @@ def _seconds(device):
     return time.perf_counter()
 
 
+def _check_counts(tokens, rounds):
+    "Raise `ValueError` unless there is something to measure."
+    if not tokens or min(tokens) < 1:
+        raise ValueError(f"tokens must be 1 or more, not {list(tokens)}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more, not {rounds}")
+
+
 @torch.no_grad()
 def measured_gain(
     weight: torch.Tensor,  # (out, in)
@@ -33,13 +41,12 @@ def measured_gain(
 ) -> float:  # above 1: the converted weight is faster by this factor
     """How many times faster a linear layer is with a converted weight, by median.
 
-    Raises `ValueError` for a weight that is not a matrix, and for less than 1 token.
+    Raises `ValueError` for a weight that is not a matrix, and for less than 1 token or
+    1 round.
     """
-    if weight.ndim != 2 or tokens < 1:
-        raise ValueError(
-            f"weight {tuple(weight.shape)}, tokens={tokens}: "
-            "want two axes, and 1 token or more"
-        )
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be a matrix, not {tuple(weight.shape)}")
+    _check_counts([tokens], rounds)
     device = weight.device
     x = torch.randn(tokens, weight.shape[1], device=device).to(weight.dtype)
     forms = {"dense": weight, "converted": convert(weight)}
@@ -62,8 +69,10 @@ def convert_where_faster(
 ) -> dict[str, dict[int, float] | str]:  # layer → tokens → gain; or why it has none
     """Convert the weights of 2:4 linear layers where this is faster at all `tokens`.
 
-    A layer that cannot be converted stays as it is; the result has its error.
+    A layer that cannot be converted stays as it is; the result has its error. Raises
+    `ValueError` if `tokens` is empty or a count is below 1.
     """
+    _check_counts(tokens, rounds)
     report: dict[str, dict[int, float] | str] = {}
     for name, layer in model.named_modules():
         if type(layer) is not nn.Linear or not has_pattern(layer.weight, "2:4"):
@@ -90,11 +99,9 @@ def accelerate_24(
 ) -> dict[str, dict[int, float] | str]:  # layer → tokens → gain; or why it has none
     """Give 2:4 layers torch's semi-structured weights where that is faster.
 
-    Raises `ValueError` if `tokens` is empty, and if the model is not on a GPU with 2:4
-    in its hardware.
+    Raises `ValueError` as `convert_where_faster` does, and if the model is not on a
+    GPU with 2:4 in its hardware.
     """
-    if not tokens:
-        raise ValueError("tokens must name one number of tokens or more")
     device = next(model.parameters()).device
     if (
         device.type != "cuda"

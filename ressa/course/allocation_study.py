@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
 from torch import nn
 
 from ..allocation.budgets import zeros_by_part
@@ -237,7 +238,8 @@ def draw_mask(
         _, ax = plt.subplots(figsize=(4.5, 3))
     score = trial.dense_weights[name].abs() * trial.stats[name].norm
     mask = select(score, sparsity).cpu().numpy()
-    ax.imshow(mask, cmap="cividis", aspect="auto", interpolation="nearest")
+    colors = ListedColormap([PALETTE["pruned_weight"], PALETTE["kept_weight"]])
+    ax.imshow(mask, cmap=colors, aspect="auto", interpolation="nearest")
     short_name = name.split(".", 1)[1]
     ax.set(
         xlabel="input",

@@ -12,7 +12,7 @@ import torch
 def grey_images(
     batch: dict,  # with `pixel_values`
 ) -> dict:
-    "The batch with plain mid-grey images: words alone. Raises `KeyError` without images."
+    "The batch with plain mid-grey images. Raises `KeyError` without images."
     return batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
 
 # %% ../../nbs/studies/calibration.ipynb #6701c8fc
@@ -20,7 +20,7 @@ def noise_images(
     batch: dict,  # with `pixel_values` in [-1, 1]
     seed: int = 0,  # another seed draws other noise
 ) -> dict:
-    "The batch with pixels drawn at random from [-1, 1]. Raises `KeyError` without images."
+    "The batch with pixels drawn from [-1, 1]. Raises `KeyError` without images."
     pixels = batch["pixel_values"]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(pixels.shape, generator=generator) * 2 - 1

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..devices import to_device
 from ..parts import ModalityMap, modality_map, per_layer
@@ -43,8 +44,8 @@ def layer_targets(
 ) -> dict[str, float | str]:  # layer name → sparsity or pattern
     """The target of each layer that is to be pruned.
 
-    Raises `ValueError` if not exactly one of `sparsity` and `pattern` is given, if a key
-    matches no layer, or if a layer cannot have its target.
+    Raises `ValueError` if not exactly one of `sparsity` and `pattern` is given, if a
+    key matches no layer, or if a layer cannot have its target.
     """
     if (sparsity is None) == (pattern is None):
         raise ValueError(
@@ -89,7 +90,7 @@ class _Inputs:
 
     def statistics_of_all(self, model, batch, layers) -> dict[str, Statistics]:
         "The statistics of each layer that a pass over the batch reaches, by name."
-        found = {}
+        found: dict[str, Statistics] = {}
 
         def measure(name, layer, x):
             found[name] = self.statistics(name, x)
@@ -100,7 +101,7 @@ class _Inputs:
 
     def statistics_in_pieces(self, layers, forward, pieces) -> dict[str, Statistics]:
         "The statistics of some layers of a block, summed over the pieces of its input."
-        found = {}
+        found: dict[str, Statistics] = {}
         for piece in pieces:
             inputs = inputs_of(layers, forward, piece.args, piece.kwargs)
             for name, x in inputs.items():
@@ -133,7 +134,7 @@ def _evaluation_mode(model):
 # %% ../../nbs/reference/engine.ipynb #a8a5656d
 @torch.no_grad()
 def input_statistics(
-    model: nn.Module,  # any vision-language model
+    model: PreTrainedModel,  # any vision-language model
     batch: dict,  # a calibration batch: what `model(**batch)` takes
     method: str | Callable | Method = "wanda",  # gathers what this method needs
 ) -> dict[str, Statistics]:  # layer name → statistics
@@ -147,7 +148,7 @@ def input_statistics(
 # %% ../../nbs/reference/engine.ipynb #2dbe6656
 def _block_of(model, layers) -> dict[str, str]:
     "The block that each layer lies in, by the layer's name."
-    block_of = {}
+    block_of: dict[str, str] = {}
     for block, names in blocks_of(model, layers).items():
         block_of |= dict.fromkeys(names, block)
     return block_of
@@ -160,7 +161,7 @@ def _groups(model, batch, layers) -> list[list[str]]:
     if all(len(tensor) == n for tensor in tensors):
         batch = take_examples(dict(batch), n, 0, 1)
     block_of = _block_of(model, layers)
-    groups = []
+    groups: list[list[str]] = []
     for readers in shared_inputs(model, batch, layers):
         in_block = defaultdict(list)
         for name in readers:
@@ -186,13 +187,14 @@ class _Pruner:
     done: set[str] = field(default_factory=set)  # names, pruned or left dense
 
     def prune_group(self, names, stats, started):
-        "Prune layers that read one input with these statistics; `started`: on the clock."
+        "Prune layers whose input has these statistics; `started` is on the clock."
         self.done.update(names)
         names_of_target = defaultdict(list)
         for name in names:
             weight = StoredWeight(self.layers[name]).read()
-            reason = unusable(stats)
-            if not weight.isfinite().all():
+            if weight.isfinite().all():
+                reason = unusable(stats)
+            else:
                 reason = "its weight holds NaN or infinity"
             if reason is None:
                 names_of_target[self.targets[name]].append(name)
@@ -323,8 +325,8 @@ def prune_layers(
 ) -> PruneReport:
     """Prune named layers in one forward pass.
 
-    Raises `ValueError` for an unknown method, an invalid option, or a layer whose weight
-    is a placeholder that cannot be replaced; in these cases no weight has changed.
+    Raises `ValueError` for an unknown method, an invalid option, or a layer whose
+    weight is a placeholder that cannot be replaced; then no weight has changed.
     """
     started = time.perf_counter()
     _check_options(micro_batch, recompute, dense_statistics)
@@ -355,19 +357,19 @@ def prune_layers(
 
 # %% ../../nbs/reference/engine.ipynb #bd1e5116
 def prune(
-    model: nn.Module,  # any vision-language model; pruned in place
+    model: PreTrainedModel,  # any vision-language model; pruned in place
     batch: dict,  # a calibration batch: what `model(**batch)` takes
     method: str | Callable | Method = "wanda",  # a name, or f(weight, stats, *, …)
     *,
-    sparsity=None,  # fraction of zeros, or a mapping: part, layer or expression → target
+    sparsity=None,  # a target, or a mapping: part, layer or expression → target
     pattern: str | None = None,  # instead: one N:M pattern for vision and language
     **options,  # of `prune_layers` (micro_batch, progress, …) and of the method
 ) -> PruneReport:
     """Prune a vision-language model in one forward pass.
 
-    A target is a fraction of zeros in [0, 1) or an N:M pattern such as "2:4". Layers that
-    cannot be judged stay dense, with a warning. Raises `ValueError` for an invalid target,
-    method or option, before any weight changes.
+    A target is a fraction of zeros in [0, 1) or an N:M pattern such as "2:4". Layers
+    that cannot be judged stay dense, with a warning. Raises `ValueError` for an invalid
+    target, method or option, before any weight changes.
     """
     parts = modality_map(model)
     targets = layer_targets(parts, sparsity, pattern)

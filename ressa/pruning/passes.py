@@ -24,7 +24,7 @@ def before_first_call(
     layers: Mapping[str, nn.Module],  # name → module
     act: Callable,  # act(name, module, x) with the input of the module's first call
 ):  # yields the set of names called so far
-    "While the block runs, call `act` just before each layer computes for the first time."
+    "While the block runs, call `act` just before the first call of each layer."
     called = set()
 
     def act_once(name, module, inputs):
@@ -85,7 +85,7 @@ def blocks_of(
 
 # %% ../../nbs/reference/passes.ipynb #9ef8afd2
 def number_of_examples(
-    batch: dict,  # with `input_ids` (examples, tokens), or tensors that begin with examples
+    batch: dict,  # with `input_ids` (examples, tokens), or examples first everywhere
 ) -> int:
     "How many examples a batch has. Raises `ValueError` if it is empty."
     if not batch:
@@ -105,7 +105,7 @@ def take_examples(
     start: int,  # the first example that is taken
     end: int,  # the first that is not taken any more
 ):  # the same nesting; what has no examples is left as it is
-    "The same structure with examples `start` to `end` of each tensor that has n of them."
+    "The same structure with examples `start` to `end` of each tensor that has examples."
     if isinstance(value, dict):
         return {key: take_examples(v, n, start, end) for key, v in value.items()}
     if isinstance(value, tuple | list):
@@ -116,7 +116,7 @@ def take_examples(
 def join_examples(
     pieces: list,  # outputs of a block for consecutive examples
 ):
-    "The output of a block for all examples at once. Raises `ValueError` without pieces."
+    "The output of a block for all examples. Raises `ValueError` without pieces."
     if not pieces:
         raise ValueError("no pieces to join")
     first = pieces[0]
@@ -189,10 +189,10 @@ def in_pieces(
     size: int,  # examples that a block may take at once
     visit: Callable | None = None,  # visit(name, forward, pieces), before the output
 ):
-    "While the block runs, let each named module of `model` take its examples in pieces."
+    "While the block runs, let each named module take its examples in pieces."
     blocks = {name: model.get_submodule(name) for name in names}
     # A tool such as accelerate may have put a `forward` into the instance already.
-    own = {name: vars(block).get("forward") for name, block in blocks.items()}
+    before = {name: vars(block).get("forward") for name, block in blocks.items()}
     for name, block in blocks.items():
         block.forward = _ForwardInPieces(name, block.forward, n, size, visit)
     try:
@@ -200,8 +200,9 @@ def in_pieces(
     finally:
         for name, block in blocks.items():
             del block.forward
-            if own[name] is not None:
-                block.forward = own[name]
+            forward = before[name]
+            if forward is not None:
+                block.forward = forward
 
 # %% ../../nbs/reference/passes.ipynb #98869870
 class _Reached(Exception):

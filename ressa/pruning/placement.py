@@ -6,6 +6,8 @@
 __all__ = ['StoredWeight']
 
 # %% ../../nbs/reference/placement.ipynb #a084cba3
+from typing import Any
+
 import torch
 from accelerate.utils import OffloadedWeightsLoader
 from torch import nn
@@ -13,11 +15,11 @@ from transformers.integrations.accelerate import offload_weight
 
 # %% ../../nbs/reference/placement.ipynb #3b6f877e
 class StoredWeight:
-    """The weight of a layer, in the place where accelerate keeps it between forward passes.
+    """The weight of a layer, in the place where accelerate keeps it between passes.
 
     Without offloading, this is the layer itself. An offloaded layer holds a placeholder
-    on the device `meta`, and a hook of accelerate's has a map from names to tensors
-    (`weights_map`). The map is either a dictionary of tensors on the CPU, or it asks an
+    on the device `meta`, and accelerate's hook has a map from names to tensors,
+    `weights_map`. The map is a dictionary of tensors on the CPU, or it asks an
     `OffloadedWeightsLoader`, which has some tensors on the CPU (`state_dict`) and reads
     the others from files (`index`: name → file) each time it is asked.
     """
@@ -27,40 +29,37 @@ class StoredWeight:
         layer: nn.Module,  # with a parameter `weight`
     ):
         self.layer = layer
-        self.weights_map = None  # accelerate's map from parameter names to tensors
-        self.disk_loader = None  # what reads the weight from a file, if it is on disk
-        self.disk_name = None  # the weight's name in the loader's index
-        if layer.weight.is_meta:
-            self._find_in_hook(getattr(layer, "_hf_hook", None))
+        hook = getattr(layer, "_hf_hook", None)
+        self.weights_map: Any = getattr(hook, "weights_map", None)
+        # All layers share what the map asks (`dataset`), which knows parameters by their
+        # full names; the map of one layer puts the layer's name (`prefix`) before them.
+        self.loader: Any = getattr(self.weights_map, "dataset", None)
+        self.full_name = f"{getattr(self.weights_map, 'prefix', '')}weight"
 
-    def _find_in_hook(self, hook):
-        "Look up where a hook of accelerate's keeps the weight of its layer."
-        self.weights_map = getattr(hook, "weights_map", None)
-        # Accelerate wraps what all layers share (`dataset`) in a view of one layer: it
-        # puts the layer's name (`prefix`) before the name of the parameter.
-        shared = getattr(self.weights_map, "dataset", None)
-        if isinstance(shared, OffloadedWeightsLoader):
-            name = f"{self.weights_map.prefix}weight"
-            if name not in shared.state_dict:
-                self.disk_loader = shared
-                self.disk_name = name
+    @property
+    def in_layer(self) -> torch.Tensor:
+        "What the layer itself holds: the weight or a placeholder."
+        return self.layer.get_parameter("weight").data
 
     @property
     def place(self) -> str | None:
-        "Where the numbers are: `layer`, `cpu`, `disk`, or None if they cannot be reached."
-        if not self.layer.weight.is_meta:
+        "Where the numbers are: `layer`, `cpu`, `disk`; None if they cannot be reached."
+        if not self.in_layer.is_meta:
             return "layer"
         if not self.weights_map:
             return None
-        return "cpu" if self.disk_loader is None else "disk"
+        has_files = isinstance(self.loader, OffloadedWeightsLoader)
+        if has_files and self.full_name not in self.loader.state_dict:
+            return "disk"
+        return "cpu"
 
     def require_place(
         self,
         name: str,  # of the layer, for the message
     ) -> None:
         "Raise `ValueError` if there is no place that a pruned weight could be put in."
-        no_folder = self.place == "disk" and self.disk_loader.save_folder is None
-        if self.place is None or no_folder:
+        place = self.place
+        if place is None or (place == "disk" and self.loader.save_folder is None):
             raise ValueError(
                 f"{name} holds a placeholder, and there is no place for a pruned "
                 "weight: load the model with offload_folder=…"
@@ -68,9 +67,7 @@ class StoredWeight:
 
     def read(self) -> torch.Tensor:  # (out, in)
         "The weight. From disk it is read anew; else it is the stored tensor itself."
-        if self.layer.weight.is_meta:
-            return self.weights_map["weight"]
-        return self.layer.weight.data
+        return self.weights_map["weight"] if self.in_layer.is_meta else self.in_layer
 
     def replace(
         self,
@@ -81,6 +78,5 @@ class StoredWeight:
             self.read().copy_(new)
             return
         # accelerate casts what it fetches to the placeholder's dtype
-        new = new.to("cpu", self.layer.weight.dtype).contiguous()
-        loader = self.disk_loader
-        offload_weight(new, self.disk_name, loader.save_folder, loader.index)
+        new = new.to("cpu", self.in_layer.dtype).contiguous()
+        offload_weight(new, self.full_name, self.loader.save_folder, self.loader.index)

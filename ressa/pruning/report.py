@@ -60,7 +60,7 @@ class LayerReport:
 # %% ../../nbs/reference/prune_report.ipynb #c1f779df
 @dataclass
 class PruneReport:
-    "What `prune` did: a line for each layer, what was left dense, and the time it took."
+    "What `prune` did: a line for each layer, what was left dense, the time it took."
 
     layers: list[LayerReport] = field(default_factory=list)  # in the order of the pass
     left_dense: dict[str, str] = field(default_factory=dict)  # layer name → why

@@ -29,38 +29,36 @@ def check_prune_chain(
 ) -> None:
     "Check the exercise *In flight, by hand* on a random chain of two layers."
     x = torch.randn(6, 4)
-    stale = fresh = None
-    while stale is None or torch.equal(
-        stale, fresh
-    ):  # until the order of steps matters
-        chain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
-        pruned = copy.deepcopy(chain)
-        pruned[0].weight.data = _pruned(chain[0].weight, x)
-        stale = _pruned(chain[2].weight, chain[:2](x))
-        fresh = _pruned(chain[2].weight, pruned[:2](x))
+    while True:
+        first, second = nn.Linear(4, 6), nn.Linear(6, 4)
+        dense = [first.weight.detach().clone(), second.weight.detach().clone()]
+        chain = nn.Sequential(first, nn.ReLU(), second)
+        stale = _pruned(dense[1], first(x).relu())
+        pruned = copy.deepcopy(first)
+        pruned.weight.data = _pruned(dense[0], x)
+        fresh = _pruned(dense[1], pruned(x).relu())
+        if not torch.equal(stale, fresh):  # else the order would not matter
+            break
 
     def weights_after(chain, x, sparsity):
         chain = copy.deepcopy(chain)
         prune_chain(chain, x, sparsity)
         return {"layer 0": chain[0].weight.data, "layer 2": chain[2].weight.data}
 
-    def answer(first, second):
-        return {"layer 0": first, "layer 2": second}
+    def answer(layer_0, layer_2):
+        return {"layer 0": layer_0, "layer 2": layer_2}
 
-    dense = [chain[i].weight.detach() for i in (0, 2)]
-    first = pruned[0].weight.detach()
+    new = pruned.weight.data
     expect(
         weights_after,
         {"chain": chain, "x": x, "sparsity": 0.5},
-        wanted=answer(first, fresh),
+        wanted=answer(new, fresh),
         mistakes={
-            "layer 2 was pruned on the inputs of the dense model": answer(first, stale),
+            "layer 2 was pruned on the inputs of the dense model": answer(new, stale),
             "layer 0 was not pruned": answer(dense[0], stale),
-            "layer 2 was not pruned: its input is the new output of layer 0": (
-                answer(first, dense[1])
-            ),
+            "layer 2 was not pruned": answer(new, dense[1]),
             "no weight has changed: prune the layers of `chain` in place": (
-                answer(*dense)
+                answer(dense[0], dense[1])
             ),
         },
     )

@@ -11,8 +11,16 @@ COURSE = sorted((NBS / "course").glob("[0-9]*.ipynb"))
 STUDIES = sorted((NBS / "studies").glob("*.ipynb"))
 # The reference, in the order of the library: what a package needs comes before it.
 REFERENCE_ORDER = {
-    "Models and parts": ["load_model", "bundled", "real", "parts", "devices"],
-    "Data": ["easy_vqa", "hub", "conversations", "collate"],
+    "Models and parts": ["load_model", "bundled", "real", "inputs", "parts", "devices"],
+    "Data": [
+        "easy_vqa",
+        "hub",
+        "columns",
+        "prompts",
+        "conversations",
+        "collate",
+        "hub_errors",
+    ],
     "Evaluation": ["answers", "metrics", "intervals", "retrieval", "lmms_eval"],
     "Pruning": [
         "engine",

@@ -517,3 +517,9 @@ def test_plain_peft_refuses_the_adapter(trained, tmp_path):
     alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert alone.returncode != 0
     assert "SPARSELORA" in alone.stderr
+
+
+def test_default_alpha_is_the_papers(bundled):
+    from ressa.adaptation.sparse_lora import peft_targets
+
+    assert peft_targets(bundled[0], 4)["lora_alpha"] == 16

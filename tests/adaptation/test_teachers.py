@@ -301,3 +301,23 @@ def test_targets_of_an_encoder_decoder(case, examples, tmp_path):
         losses.append(loss_terms(logits, targets, batch["labels"], shift=False)[1])
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
     assert losses[1] > 1e-4
+
+
+def test_cached_targets_know_every_part_of_the_images(data):
+    "The same texts with one other image are other examples."
+    from ressa.adaptation.teachers import _fingerprint
+
+    examples = data[0].select(range(64))
+    texts = {name: examples[name] for name in ("prompt", "answer")}
+    for i in (0, 16, 60):
+        other = data[0].select([*range(i), 3000 + i, *range(i + 1, 64)])
+
+        class Mixed:
+            def __len__(self):
+                return 64
+
+            def __getitem__(self, key, other=other):
+                return texts[key] if isinstance(key, str) else other[key]
+
+        mixed = _fingerprint(Mixed(), None, 4, 1.0)
+        assert mixed != _fingerprint(examples, None, 4, 1.0), i

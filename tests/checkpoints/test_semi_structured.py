@@ -64,9 +64,19 @@ def test_a_layer_that_cannot_be_converted_says_why():
     assert layer.weight.layout == torch.strided
 
 
+def test_wrong_counts_are_refused():
+    layer = linear_24(8, 8)
+    with pytest.raises(ValueError, match="tokens must be 1 or more, not \\[\\]"):
+        convert_where_faster(layer, torch.clone, tokens=())
+    with pytest.raises(ValueError, match="tokens must be 1 or more, not \\[4, 0\\]"):
+        convert_where_faster(layer, torch.clone, tokens=(4, 0))
+    with pytest.raises(ValueError, match="rounds must be 1 or more, not 0"):
+        convert_where_faster(layer, torch.clone, rounds=0)
+    with pytest.raises(ValueError, match="weight must be a matrix"):
+        measured_gain(torch.ones(8), torch.clone, tokens=1)
+
+
 def test_a_cpu_is_refused():
-    with pytest.raises(ValueError, match="tokens must name one"):
-        accelerate_24(nn.Linear(8, 8), tokens=())
     with pytest.raises(ValueError, match="the model is on cpu"):
         accelerate_24(nn.Linear(8, 8))
 

@@ -1,6 +1,6 @@
 """Packing in memory, with checksums, the disk left out; and CSR against dense products.
 
-python tests/benchmarks/storage.py --out nbs/results/storage.json
+python tests/tools/benchmarks/storage.py --out nbs/results/storage.json
 """
 
 import argparse
@@ -89,7 +89,7 @@ if __name__ == "__main__":
     for sparsity, row in table["gains"].items():
         print(sparsity, {n: round(gain, 2) for n, gain in row.items()})
     if args.out:
-        command = f"python tests/benchmarks/storage.py --threads {args.threads} --width {args.width} --rounds {args.rounds}"
+        command = f"python tests/tools/benchmarks/storage.py --threads {args.threads} --width {args.width} --rounds {args.rounds}"
         with open(args.out, "w") as file:
             json.dump(
                 dict(

@@ -1,6 +1,6 @@
 """Break it many times, and count: wrong calls, damaged checkpoints, kills and full disks at random moments, memory, determinism.
 
-    python tests/reliability/faults.py --rounds 50 --out nbs/results/reliability.json
+    python tests/tools/reliability/faults.py --rounds 50 --out nbs/results/reliability.json
 
 A fault is survived if the call is refused by name or its result is right, if damage is found, and if the same command, given
 again after a kill or an error, ends with the same bits as one that nothing disturbed."""
@@ -212,7 +212,9 @@ def damaged(counts, rounds, folder):
     "Random damage to a packed model: bytes turned over, runs of zeros, cuts, files gone or exchanged."
     pristine = folder / "pristine"
     save_sparse(load_bundled("cpu")[0], None, pristine, max_shard_size=2e5)
-    whole = {name: t.clone() for name, t in load_sparse(pristine)[0].state_dict().items()}
+    whole = {
+        name: t.clone() for name, t in load_sparse(pristine)[0].state_dict().items()
+    }
 
     def turn(data):
         data[random.randrange(len(data))] ^= 1 << random.randrange(8)
@@ -504,7 +506,7 @@ def run():
         }
         about |= dict(
             seed=args.seed,
-            command="python tests/reliability/faults.py --rounds N, N under rounds",
+            command="python tests/tools/reliability/faults.py --rounds N, N under rounds",
             device=f"cpu, {platform.machine()}, 1 thread",
         )
         args.out.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")

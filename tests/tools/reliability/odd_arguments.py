@@ -6,6 +6,7 @@ a file. Refused means `ValueError`, `TypeError`, `KeyError` or `OSError`; an err
 import functools
 import importlib
 import math
+import pkgutil
 import sys
 import tempfile
 import types
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+
+import ressa
 
 REFUSED = (ValueError, TypeError, KeyError, OSError)
 FROM_TORCH = (
@@ -41,9 +44,13 @@ MEANT = {  # number or text → why a function takes it
     ("cheapest_first", "wanted"): "none, or as many as there are",
     ("nth_question", "number"): "counted from the end, as in a list",
     ("per_layer", "setting"): "ranks too",
-    ("target_keywords", "value"): "checked where a weight is",
+    ("target_keywords", "target"): "checked where a weight is",
     ("take_examples", "start"): "as a slice",
     ("take_examples", "end"): "as a slice",
+    ("validate_target", "in_features"): "a width that a weight has",
+    ("splits_of_sum", "total"): "there are none",
+    ("splits_of_sum", "step"): "likewise",
+    ("ressa_loss", "weight"): "checked where the loss is asked for",
     ("title",): "a text",
     ("question",): "a text",
     ("answer",): "a text",
@@ -65,21 +72,39 @@ LEFT_OUT = {  # name → why
     "training_examples": "no argument, all rows",
     "bench": "encodes all questions",
     "Bench": "what bench returns",
-    "run_repair": "the command, see wrong_commands",
-    "run_evaluate": "the command",
-    "run_prune": "the command",
-    "run_pack": "the command",
-    "run_unpack": "the command",
-    "walk": "the command",
-    "main": "the command",
-    "parse": "the command",
-    "settings_of": "the command",
+    **dict.fromkeys(
+        ("run_repair", "run_evaluate", "run_prune", "run_pack", "run_unpack"),
+        "commands, see cli/test_app and wrong_commands",
+    ),
+    **dict.fromkeys(("main", "parse"), "given a command line, see cli/test_app"),
+    **dict.fromkeys(
+        ("check_options", "pruning_target"),
+        "given options of a command line, see cli/test_options",
+    ),
+    **dict.fromkeys(
+        (
+            "walk",
+            "settings_of",
+            "draw_calibration",
+            "load_tests",
+            "load_training",
+            "prune_fresh",
+        ),
+        "given options of a command line, see cli/test_walk",
+    ),
+    **dict.fromkeys(("whole_folder", "flush_to_disk"), "see test_files"),
+    **dict.fromkeys(
+        ("expect", "same", "shown", "start_page"), "serve the pages of the course"
+    ),
+    "pruned_count": "given what validate_target took",
+    "check_training_data": "given arguments of a trainer, see adaptation/test_trainer",
     "RessaArguments": "see wrong_calls and transformers",
     "SparseLoraModel": "made by PEFT",
     "SparseLoraLinear": "made by PEFT",
     "QuietProgress": "made by the trainer",
     "new_bundled": "a seed is all it takes",
     "pruned_model": "a run of minutes",
+    "rate_of": "looks up a rate of the study",
     "repair_run": "a run of minutes",
     "load_model": "see models/test_load_model",
     "load_data": "see data/test_hub",
@@ -97,7 +122,7 @@ LEFT_OUT = {  # name → why
     "advice": "see data/test_hub_errors",
     "Advice": "a row of a table, see data/test_hub_errors",
     "model_batch": "see models/test_inputs",
-    "accelerate_24": "needs a CUDA device, see test_storage",
+    "accelerate_24": "needs a CUDA device, see checkpoints/test_semi_structured",
     **dict.fromkeys(
         ("before_first_call", "in_pieces", "one_look_per_image"),
         "context managers, see test_prune and test_allocation",
@@ -113,19 +138,22 @@ LEFT_OUT = {  # name → why
             "draw_accuracy",
             "draw_training",
             "html_report",
+            "picture_uri",
             "summary_rows",
+            "table_head",
             "verdict",
             "plain_row",
             "measure",
         ),
-        "given results of the command, see test_cli",
+        "given results of the command, see cli/test_results and cli/test_report",
     ),
     **dict.fromkeys(
         ("draw_mask", "draw_surface", "sensitivity"), "see test_allocation_study"
     ),
     "peak_memory_mb": "no argument",
     **dict.fromkeys(
-        ("explorer", "small_multiples", "image_tag"), "see course/test_explorers and test_cli"
+        ("explorer", "small_multiples"),
+        "see course/test_explorers",
     ),
     **dict.fromkeys(("meet_budget", "lmms_command"), "see wrong_calls"),
     "LayerSteps": "what meet_budget counts in, see test_budgets",
@@ -163,12 +191,10 @@ def right_calls(folder):
     import matplotlib.pyplot as plt
 
     from ressa.adaptation.distillation import Targets
-    from ressa.adaptation.teachers import ModelTeacher
     from ressa.checkpoints.packing import pack_tensor
     from ressa.checkpoints.sparse import save_sparse
     from ressa.parts import modality_map
     from ressa.pruning.methods import method_of
-    from ressa.pruning.report import LayerReport, PruneReport
     from ressa.pruning.statistics import Statistics
 
     torch.manual_seed(0)
@@ -183,28 +209,24 @@ def right_calls(folder):
     )
     packed, plain = folder / "packed", folder / "plain"
     if not packed.exists():
-        save_sparse(model, packed, processor)
+        save_sparse(model, processor, packed)
         from ressa.files import save_model
 
         save_model(model, processor, plain)
     sizes = {"a": (4, 8), "b": (8, 16)}
     ones = dict(a=1.0, b=2.0)
-    report = PruneReport([LayerReport("a", "vision", (4, 8), 0.5, 0.5, 0.1, 12, 0.1)])
-    results = {
-        row: dict(
-            accuracy=0.5 + 0.1 * i,
-            low=0.4,
-            high=0.9,
-            captions=0.5,
-            cider=1.0,
-            by_type={"a": 0.5},
-            questions=8,
-        )
-        for i, row in enumerate(("blind", "pruned", "plain_lora", "repaired", "dense"))
-    }
-    new = lambda name: folder / f"{name}{np.random.randint(10**9)}"
+    rows_of_a_run = ("blind", "pruned", "plain_lora", "repaired", "dense")
+    results = {row: dict(accuracy=0.5 + 0.1 * i) for i, row in enumerate(rows_of_a_run)}
+
+    def new(name):
+        "A path where nothing is."
+        return folder / f"{name}{np.random.randint(10**9)}"
+
     return dict(
         select=dict(score=weight.abs(), sparsity=0.5),
+        real_tokens=dict(x=torch.randn(2, 6, 8), mask=torch.ones(2, 6).bool()),
+        validate_inputs=dict(weight=weight, stats=stats),
+        validate_target=dict(sparsity=0.5, pattern=None, in_features=8),
         apply_mask=dict(weight=weight, mask=weight > 0),
         parse_pattern=dict(pattern="2:4"),
         sparsity_of=dict(weight=weight),
@@ -258,7 +280,9 @@ def right_calls(folder):
         draw_answers=dict(
             example=rows[0], answers=dict(dense="red", pruned="blue"), title="t"
         ),
-        nth_question=dict(fate=np.array(["kept", "lost", "kept"]), wanted="lost", number=0),
+        nth_question=dict(
+            fate=np.array(["kept", "lost", "kept"]), wanted="lost", number=0
+        ),
         grey_images=dict(batch=batch),
         noise_images=dict(batch=batch),
         open_out=dict(out=lambda: new("out"), settings=dict(seed=0)),
@@ -276,8 +300,13 @@ def right_calls(folder):
         cost_of=dict(step=lambda: lambda: 1, device=torch.device("cpu")),
         answer_logits=dict(logits=logits, labels=labels),
         top_targets=dict(logits=logits[0], k=3),
-        kl_sum=dict(z=logits[0], values=logits[1]),
-        in_chunks=dict(f=lambda: lambda z, *_: z.sum(), z=logits[0], size=2),
+        kl_sum=dict(student_logits=logits[0], targets=Targets(logits[1])),
+        answer_places=dict(labels=labels),
+        check_positions=dict(positions="all"),
+        check_temperature=dict(temperature=1.0),
+        flat_logits=dict(logits=logits, labels=labels),
+        ressa_loss=dict(task=weight.sum(), divergence=weight.sum(), weight=0.5),
+        sum_in_chunks=dict(function=lambda: lambda z, *_: z.sum(), logits=logits[0]),
         loss_terms=dict(
             student_logits=logits,
             teacher=logits + 1,
@@ -303,7 +332,9 @@ def right_calls(folder):
             temperature=1.0,
             batch_size=4,
         ),
-        without_prompt=dict(generated=torch.arange(6)[None], prompt=torch.arange(3)[None]),
+        without_prompt=dict(
+            generated=torch.arange(6)[None], prompt=torch.arange(3)[None]
+        ),
         answer=dict(
             model=model,
             data=rows,
@@ -347,6 +378,9 @@ def right_calls(folder):
         measured_gain=dict(
             weight=weight, convert=lambda: torch.clone, tokens=2, rounds=2
         ),
+        convert_where_faster=dict(
+            model=fresh, convert=lambda: torch.clone, tokens=(1,), rounds=2
+        ),
         shared_inputs=dict(model=model, batch=batch, layers=layers),
         number_of_examples=dict(batch=batch),
         take_examples=dict(value=x, n=12, start=0, end=4),
@@ -356,7 +390,7 @@ def right_calls(folder):
         inputs_of=dict(
             layers=layers, forward=lambda: model.forward, args=(), kwargs=batch
         ),
-        target_keywords=dict(value=0.5),
+        target_keywords=dict(target=0.5),
         method_of=dict(method="wanda"),
         layer_targets=dict(parts=mmap, sparsity=0.5),
         estimated_error=dict(dense=weight, pruned=weight * 0.5, stats=stats),
@@ -376,15 +410,15 @@ def right_calls(folder):
         trainable_weights=dict(model=fresh),
         repair=dict(
             model=fresh,
-            teacher=model,
-            train_dataset=rows,
+            data=rows,
             processor=processor,
+            teacher=model,
             folder=lambda: new("run"),
             steps=1,
             batch_size=2,
             learning_rate=1e-3,
         ),
-        html_table=dict(head=["a"], rows=[["1"]]),
+        set_up_tokenizer=dict(processor=processor, model=model),
         won_back_shares=dict(results=results),
         inverse_factor=dict(stats=stats, damp=0.01),
         sparse_lora_linear=dict(
@@ -396,7 +430,12 @@ def right_calls(folder):
         sparsegpt=dict(weight=weight, stats=stats, sparsity=0.5),
         dsnot=dict(weight=weight, stats=stats, sparsity=0.5, max_cycles=5),
         packed_tensors=dict(folder=packed),
-        save_sparse=dict(model=model, folder=lambda: new("saved"), max_shard_size=1e6),
+        save_sparse=dict(
+            model=model,
+            processor=processor,
+            folder=lambda: new("saved"),
+            max_shard_size=1e6,
+        ),
         load_sparse=dict(folder=packed),
         ordinary_tensors=dict(folder=plain),
         pack=dict(source=plain, folder=lambda: new("pack"), max_shard_size=1e6),
@@ -418,8 +457,8 @@ def right_calls(folder):
         won_back_interval=dict(
             repaired=np.ones((2, 4)) * 0.8, start=np.zeros((2, 4)), dense=np.ones(4)
         ),
-        chosen_rows=dict(kind="true answers", pairs=4),
-        rows_of=dict(kind="true answers"),
+        chosen_examples=dict(kind="true answers", pairs=4),
+        examples_of=dict(kind="true answers"),
     )
 
 
@@ -460,6 +499,7 @@ def odd(value, folder):
 
 
 def made(arguments):
+    "Arguments of one call; functions among them make theirs anew."
     return {
         name: value() if isinstance(value, types.FunctionType) else value
         for name, value in arguments.items()
@@ -467,12 +507,10 @@ def made(arguments):
 
 
 def told(value):
-    shaped = isinstance(value, (torch.Tensor, np.ndarray))
-    return (
-        f"tensor {tuple(value.shape)}"
-        if shaped
-        else f"{type(value).__name__} {str(value)[-30:]}"
-    )
+    "A value in a few words."
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"tensor {tuple(value.shape)}"
+    return f"{type(value).__name__} {str(value)[-30:]}"
 
 
 def outcome(call):
@@ -481,46 +519,47 @@ def outcome(call):
         warnings.simplefilter("ignore")
         try:
             result = call()
-        except REFUSED as error:
-            return (
-                "refused" if str(error) else "lost"
-            ), f"{type(error).__name__}: {str(error)[:140]}"
         except Exception as error:
-            clear = any(words in str(error) for words in FROM_TORCH)
-            return (
-                "refused" if clear else "lost"
-            ), f"{type(error).__name__}: {str(error)[:140]}"
+            if isinstance(error, REFUSED):
+                clear = bool(str(error))
+            else:
+                clear = any(words in str(error) for words in FROM_TORCH)
+            said = f"{type(error).__name__}: {str(error)[:140]}"
+            return "refused" if clear else "lost", said
     return "accepted", told(result)
 
 
 def judged(name, argument, instead, found):
-    "Nothing in, nothing out, and NaN in a tensor is NaN seen: accepted. A number, a text or a path that means nothing: lost."
-    if found != "accepted" or {(name, argument), (argument,)} & MEANT.keys():
+    """Whether an accepted call was right to be.
+
+    Nothing in, nothing out, and NaN in a tensor is NaN seen: accepted. A number, a
+    text or a path that means nothing: lost."""
+    if found != "accepted":
         return found
-    if isinstance(instead, (int, float)) and not (
-        isinstance(instead, int) and instead == 0
-    ):
-        return "lost"
-    return "lost" if isinstance(instead, (str, Path)) else found
+    if (name, argument) in MEANT or (argument,) in MEANT:
+        return found
+    if isinstance(instead, int) and instead == 0:
+        return found
+    means_nothing = isinstance(instead, (int, float, str, Path))
+    return "lost" if means_nothing else found
+
+
+def modules():
+    "All modules of the library, but the checks of exercises."
+    for found in pkgutil.walk_packages(ressa.__path__, "ressa."):
+        private = found.name.rpartition(".")[2].startswith("_")
+        if not private and not found.name.startswith("ressa.course.checks"):
+            yield importlib.import_module(found.name)
 
 
 def public():
-    "Name → function, of all modules; without the checks of exercises."
+    "Name → function or class, of all modules."
     found = {}
-    for path in sorted((Path(__file__).parents[2] / "ressa").glob("*.py")):
-        if path.stem.startswith("_") or path.stem == "all":
-            continue
-        module = importlib.import_module(f"ressa.{path.stem}")
-        found |= {
-            name: getattr(module, name)
-            for name in module.__all__
-            if callable(getattr(module, name))
-        }
-    return {
-        name: function
-        for name, function in found.items()
-        if not name.startswith("check_")
-    }
+    for module in modules():
+        for name in getattr(module, "__all__", ()):
+            if callable(getattr(module, name)):
+                found[name] = getattr(module, name)
+    return found
 
 
 def trials(folder, quick=False):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ressa import budgets, masks, packing
+from ressa.allocation import budgets
+from ressa.checkpoints import packing
 from ressa.evaluation import answers, intervals, lmms_eval, metrics, retrieval
+from ressa.pruning import masks
 from ressa.pruning.dsnot import dsnot
 from ressa.pruning.scores import magnitude, ria, wanda
 from ressa.pruning.sparsegpt import inverse_factor, sparsegpt
@@ -318,10 +320,13 @@ def allocating():
         "number out of range", "a cap below the target", "sparsity", max_sparsity=0.25
     )
     yield meet("wrong name", "a layer without a preference", "b", preferred={"a": 0.5})
+    yield meet("wrong name", "a fixed layer that is not there", "zz", fixed={"zz": 0.5})
     yield meet(
-        "wrong name", "a fixed layer that is not there", "zz", fixed={"zz": 0.5}
+        "NaN or infinity in a preference",
+        "nan",
+        "preferred",
+        preferred={"a": NAN, "b": 0.5},
     )
-    yield meet("NaN or infinity in a preference", "nan", "preferred", preferred={"a": NAN, "b": 0.5})
     for m in (0, 1, 3):
         yield meet("impossible pattern", f"m={m}", "pattern|m=", m=m)
     yield meet(

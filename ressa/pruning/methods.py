@@ -37,7 +37,7 @@ class Method(NamedTuple):
 # To add a pruner:
 # 1. Write a function of `weight` (out, in), `stats` (of its inputs) and the keywords
 #    `sparsity` and `pattern`, one of which is None. It returns the pruned weight as a
-#    new tensor. See `wanda`: `select` turns scores into a mask, `apply_mask` applies it.
+#    new tensor. See `wanda`: `select` makes a mask of scores, `apply_mask` applies it.
 # 2. Give it a line below, and switch off the statistics that it does not read.
 # From then on `prune`, the command line and the tests of all methods know its name.
 METHODS = {

@@ -105,7 +105,7 @@ def take_examples(
     start: int,  # the first example that is taken
     end: int,  # the first that is not taken any more
 ):  # the same nesting; what has no examples is left as it is
-    "The same structure with examples `start` to `end` of each tensor that has examples."
+    "The same structure, with examples `start` to `end` of what has examples."
     if isinstance(value, dict):
         return {key: take_examples(v, n, start, end) for key, v in value.items()}
     if isinstance(value, tuple | list):

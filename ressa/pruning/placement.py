@@ -31,8 +31,8 @@ class StoredWeight:
         self.layer = layer
         hook = getattr(layer, "_hf_hook", None)
         self.weights_map: Any = getattr(hook, "weights_map", None)
-        # All layers share what the map asks (`dataset`), which knows parameters by their
-        # full names; the map of one layer puts the layer's name (`prefix`) before them.
+        # All layers share what the map asks (`dataset`), which knows parameters by full
+        # names; the map of one layer puts the layer's name (`prefix`) before "weight".
         self.loader: Any = getattr(self.weights_map, "dataset", None)
         self.full_name = f"{getattr(self.weights_map, 'prefix', '')}weight"
 

@@ -81,8 +81,11 @@ def _roots_by_name(model):
             continue
         part = part_of_name[name]
         inside_a_part = any(path.startswith(f"{root}.") for root in roots)
-        may_be_inside = part == "interface"
-        if inside_a_part == may_be_inside:
+        if part == "interface":
+            begins_here = inside_a_part  # outside, what is left is interface anyway
+        else:
+            begins_here = not inside_a_part
+        if begins_here:
             roots[path] = part
     return roots
 

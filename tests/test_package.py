@@ -11,6 +11,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+
 import ressa
 
 ROOT = Path(__file__).parent.parent

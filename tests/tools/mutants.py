@@ -170,11 +170,11 @@ def examine(module, sample, seed, known):
 
 def main():
     import datasets  # noqa: F401  what every child needs
-    import hypothesis
-    import peft
-    import pytest
-    import torch
-    import transformers
+    import hypothesis  # noqa: F401
+    import peft  # noqa: F401
+    import pytest  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(

@@ -55,8 +55,8 @@ def run(path, skip=("gpu", "slow")):
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     ).execute()
-    for cell, cell.source, cell.outputs in kept:
-        pass
+    for cell, source, outputs in kept:
+        cell.source, cell.outputs = source, outputs
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue

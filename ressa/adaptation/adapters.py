@@ -18,8 +18,10 @@ from ressa.adaptation.sparse_lora import (
     SparseLoraConfig,
     peft_targets,
 )
+from ..devices import require_in_memory
 from ..parts import PARTS, modality_map
 from ..pruning.masks import apply_mask
+from ..pruning.placement import StoredWeight
 
 # %% ../../nbs/reference/adapters.ipynb #e5f48fe8
 def zero_masks(
@@ -28,7 +30,7 @@ def zero_masks(
     "The masks of all linear layers that hold at least one zero."
     masks = {}
     for name in modality_map(model).layers:
-        kept = model.get_parameter(f"{name}.weight") != 0
+        kept = StoredWeight(model.get_submodule(name)).read() != 0
         if not kept.all():
             masks[name] = kept
     return masks
@@ -40,8 +42,9 @@ def remask(
 ) -> nn.Module:
     "Put the zeros back; what was learned there is lost."
     for name, mask in masks.items():
-        weight = model.get_parameter(f"{name}.weight")
-        weight.data = apply_mask(weight.data, mask.to(weight.device))
+        stored = StoredWeight(model.get_submodule(name))
+        weight = stored.read()
+        stored.replace(apply_mask(weight, mask.to(weight.device)))
     return model
 
 # %% ../../nbs/reference/adapters.ipynb #f48f4832
@@ -52,8 +55,8 @@ def zeros_filled(
     "How many weights were zero before and are not any more."
     filled = 0
     for name, mask in masks.items():
-        weight = model.get_parameter(f"{name}.weight")
-        filled += int((weight[~mask.to(weight.device)] != 0).sum())
+        weight = StoredWeight(model.get_submodule(name)).read()
+        filled += int(((weight != 0) & ~mask.to(weight.device)).sum())
     return filled
 
 # %% ../../nbs/reference/adapters.ipynb #792e6c84
@@ -128,6 +131,7 @@ def adapt(
     """
     if adapter not in ADAPTERS:
         raise ValueError(f"adapter must be one of {list(ADAPTERS)}, not {adapter!r}")
+    require_in_memory(model, "training")
     targets = peft_targets(model, r, lora_alpha)
     return ADAPTERS[adapter](model, targets)
 

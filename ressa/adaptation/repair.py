@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
@@ -26,6 +27,7 @@ from ressa.adaptation.adapters import (
 )
 from .sparse_lora import DEFAULT_RANKS
 from .trainer import RessaArguments, RessaTrainer, check_training_data
+from ..devices import input_device, is_placed, require_in_memory
 from ..evaluation.answers import evaluate
 from ..files import last_whole_checkpoint
 from ..palette import PALETTE
@@ -84,7 +86,8 @@ class RepairReport:
         for name, label, color, style in curves:
             values = self.logged(name)
             if values:
-                ax.plot(values.keys(), values.values(), style, color=color, label=label)
+                steps, losses = list(values), list(values.values())
+                ax.plot(steps, losses, style, color=color, label=label)
         ax.set(xlabel="optimizer step", ylabel="loss, in nats", ylim=(0, None))
         ax.legend()
         return ax
@@ -102,6 +105,18 @@ def _check_request(steps, held_out, patience):
         )
 
 
+def _check_device(model, use_cpu):
+    "Raises `ValueError` for offloaded weights; warns of a GPU that is not used."
+    require_in_memory(model, "repair")
+    on_cpu = input_device(model).type == "cpu"
+    if on_cpu and use_cpu is None and torch.cuda.is_available():
+        warnings.warn(
+            "repair trains on the CPU, because the model is there, although there is a "
+            "GPU: move the model first, with model.to('cuda')",
+            stacklevel=3,  # the caller of `repair`
+        )
+
+
 def _usual_arguments(model, steps, batch_size):
     "A cosine schedule, twenty lines of log, one checkpoint kept of every 50 steps."
     return dict(
@@ -113,7 +128,7 @@ def _usual_arguments(model, steps, batch_size):
         logging_steps=max(1, steps // 20),
         save_steps=50,
         save_total_limit=1,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=input_device(model).type == "cpu",
     )
 
 
@@ -199,7 +214,8 @@ def repair(
     lora_alpha=16,  # likewise
     seed: int = 0,  # of the adapters and of the order of the examples
     held_out=None,  # examples to score before and after
-    patience: int | None = None,  # stop after so many tenths of `steps` without gain
+    patience: int
+    | None = None,  # stop after so many tenths of `steps` without progress
     **arguments,  # of `RessaArguments`: distill_weight, temperature, bf16, …
 ) -> RepairReport:
     """Train a pruned model to answer as its teacher does, keep its zeros, and merge.
@@ -210,6 +226,8 @@ def repair(
     Raises `ValueError` for settings that do not fit, before the model is changed.
     """
     _check_request(steps, held_out, patience)
+    _check_device(model, arguments.get("use_cpu"))
+    device = input_device(model)
     settings = _usual_arguments(model, steps, batch_size)
     callbacks = []
     if patience is not None:
@@ -246,6 +264,8 @@ def repair(
     if adapter == "lora":
         remask(model, masks)
     model.eval()
+    if not is_placed(model):
+        model.to(device)  # the trainer may have moved it
     seconds = time.perf_counter() - start
 
     scores = None

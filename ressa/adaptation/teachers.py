@@ -7,6 +7,7 @@ __all__ = ['model_inputs', 'ModelTeacher', 'SelfTeacher', 'cache_targets', 'coll
 
 # %% ../../nbs/reference/teachers.ipynb #89c78637
 import hashlib
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from ressa.adaptation.distillation import (
     top_targets,
 )
 from ..data.collate import collate
-from ..devices import to_device
+from ..devices import input_device, require_in_memory, to_device
 from ..models.inputs import is_causal
 from ..parts import modality_map
+from ..pruning.placement import stored_parameters
 
 # %% ../../nbs/reference/teachers.ipynb #1bbd0e92
 def model_inputs(
@@ -47,8 +49,11 @@ class ModelTeacher:
         student: nn.Module | None,  # not needed
         batch: dict,  # what the model's forward pass takes, with or without targets
     ) -> torch.Tensor:  # logits (examples, tokens, vocabulary)
+        inputs = model_inputs(batch)
+        home = next(iter(inputs.values())).device
         with torch.no_grad():
-            return self.model(**model_inputs(batch)).logits
+            logits = self.model(**to_device(inputs, input_device(self.model))).logits
+        return logits.to(home)
 
 # %% ../../nbs/reference/teachers.ipynb #5d5c152b
 def _removed_values(dense, pruned):
@@ -68,12 +73,23 @@ def _removed_values(dense, pruned):
     return removed
 
 
+def _check_zeros(removed):
+    "Raise `ValueError` if a weight has not as many zeros as values were removed."
+    surplus_on = defaultdict(list)  # device → zeros beyond those values, per weight
+    for weight, values in removed.items():
+        zeros = (weight.data == 0).sum()
+        surplus_on[weight.device].append(zeros - len(values))
+    # A GPU is asked once, and not once for each layer: each answer is waited for.
+    for surplus in surplus_on.values():
+        if torch.stack(surplus).any():
+            raise ValueError(
+                "the student's zeros have changed since this teacher was made"
+            )
+
+
 def _put_back(weight, values):
     "The dense weight again, in a new tensor."
-    is_zero = weight == 0
-    if is_zero.sum() != len(values):
-        raise ValueError("the student's zeros have changed since this teacher was made")
-    return weight.masked_scatter(is_zero, values.to(weight))
+    return weight.masked_scatter(weight == 0, values)
 
 # %% ../../nbs/reference/teachers.ipynb #0dd4a245
 @contextmanager
@@ -130,6 +146,8 @@ class SelfTeacher:
         dense: nn.Module,  # the model before pruning; not needed afterwards
         pruned: nn.Module,  # the very model that is trained, before adapters are put on
     ):
+        require_in_memory(dense, "SelfTeacher")
+        require_in_memory(pruned, "SelfTeacher")
         self.weights = list(pruned.parameters())
         self.removed = _removed_values(dense, pruned)
 
@@ -161,6 +179,9 @@ class SelfTeacher:
             raise ValueError(
                 "the student's own weights are trained: use another teacher"
             )
+        for weight, values in self.removed.items():
+            self.removed[weight] = values.to(weight)  # copied if the student has moved
+        _check_zeros(self.removed)
         with (
             torch.no_grad(),
             _dense_while_called(layers, self.removed),
@@ -182,7 +203,7 @@ def _fingerprint(data, teacher, k, temperature):
     if teacher is None:
         return line
     weights = hashlib.sha1()
-    for weight in teacher.parameters():
+    for weight in stored_parameters(teacher):
         weights.update(str(weight.flatten()[:8].tolist()).encode())
     return f"{line} by {weights.hexdigest()[:8]}"
 
@@ -191,7 +212,8 @@ def _ask(_, numbers, data, teacher, processor, k, temperature):
     "Columns of targets for the examples of these numbers; called by `Dataset.map`."
     causal = is_causal(teacher.model)
     examples = [data[i] for i in numbers]
-    batch = to_device(collate(examples, processor, causal=causal), teacher.model.device)
+    batch = collate(examples, processor, causal=causal)
+    batch = to_device(batch, input_device(teacher.model))
     labels = batch["labels"]
     if causal:  # an encoder-decoder makes its decoder's inputs of them
         del batch["labels"]

@@ -7,6 +7,7 @@ __all__ = ['QuietProgress', 'RessaArguments', 'check_training_data', 'RessaTrain
 
 # %% ../../nbs/reference/trainer.ipynb #85e13830
 import functools
+import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from ressa.adaptation.distillation import (
     Targets,
@@ -30,6 +32,7 @@ from ressa.adaptation.teachers import (
     collate_targets,
     model_inputs,
 )
+from ..devices import is_placed, require_in_memory
 from ..models.inputs import is_causal
 
 # %% ../../nbs/reference/trainer.ipynb #2849e786
@@ -74,6 +77,15 @@ class RessaArguments(TrainingArguments):
             )
         check_temperature(self.temperature)
         check_positions(self.positions)
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: at most one, also where several are there.
+
+        `torchrun` starts a process for each. transformers would put several into one
+        process with `nn.DataParallel`, which has no place for the sums of our loss.
+        """
+        return min(super().n_gpu, 1)
 
 # %% ../../nbs/reference/trainer.ipynb #abcce36f
 def _check_targets(which, examples, args):
@@ -126,8 +138,9 @@ class _MeansLogged(Trainer):
         super().__init__(*args, **kwargs)
 
     def note(self, name, value):
-        sum_and_count = torch.stack([value.detach(), torch.ones_like(value)])
-        self._noted[name] = self._noted.get(name, 0) + sum_and_count
+        one = torch.stack([value.detach(), torch.ones_like(value)])
+        before = self._noted.get(name, torch.zeros_like(one))
+        self._noted[name] = before + one
 
     def log(self, logs, *args, **kwargs):
         # A line is of training or of an evaluation, and so is every value in it.
@@ -142,10 +155,8 @@ class _MeansLogged(Trainer):
 class _Step(NamedTuple):
     "The optimizer step that a batch is part of."
 
-    tokens: (
-        int | torch.Tensor | None
-    )  # answer tokens of all its batches; None: of this one
-    batches: int  # accumulated ones, of all processes
+    tokens: int | torch.Tensor | None  # answer tokens of the step; None: of the batch
+    batches: int  # of the step: accumulated ones, of all processes
     processes: int
 
 
@@ -157,7 +168,8 @@ def _as_teacher(teacher, model, device):
             "student's own weights are trained: take another teacher"
         )
     if isinstance(teacher, nn.Module):
-        return ModelTeacher(teacher.to(device))
+        # What accelerate has spread over devices stays there: its hooks move the inputs.
+        return ModelTeacher(teacher if is_placed(teacher) else teacher.to(device))
     return teacher
 
 # %% ../../nbs/reference/trainer.ipynb #7e406de8
@@ -179,6 +191,8 @@ class RessaTrainer(_MeansLogged):
         check_training_data(
             teacher, args, kwargs.get("train_dataset"), kwargs.get("eval_dataset")
         )
+        if is_placed(model):  # FSDP has placeholders of its own, and fills them
+            require_in_memory(model, "RessaTrainer")
         self.causal = is_causal(model)
         self.teacher = _as_teacher(teacher, model, args.device)
         if processor is not None:
@@ -193,6 +207,17 @@ class RessaTrainer(_MeansLogged):
             self.add_callback(QuietProgress)
         # Ask the Trainer for the number of answer tokens in a step, see `_step_of`.
         self.model_accepts_loss_kwargs = True
+        if args.parallel_mode == ParallelMode.NOT_PARALLEL:
+            self._warn_of_idle_gpus()
+
+    def _warn_of_idle_gpus(self):
+        gpus = torch.cuda.device_count()
+        if gpus > 1 and self.args.device.type == "cuda" and not self.is_model_parallel:
+            warnings.warn(
+                f"the training uses one of {gpus} GPUs: start it with "
+                f"`torchrun --nproc-per-node {gpus}` to use all",
+                stacklevel=3,
+            )
 
     def _save_checkpoint(self, *args):
         try:
@@ -201,19 +226,22 @@ class RessaTrainer(_MeansLogged):
             raise OSError(f"the checkpoint could not be written: {error}") from error
 
     def _targets(self, student, inputs, labels):
-        "Logits of all tokens if all are distilled; else what is said of answer tokens."
-        said = self.teacher(student, inputs)
-        if isinstance(said, Targets) or self.args.positions == "all":
-            return said
+        "The teacher's logits of all tokens, or its targets of the answer tokens."
+        found = self.teacher(student, inputs)
+        if isinstance(found, Targets) or self.args.positions == "all":
+            return found
         # Only the answers are kept while the student computes its own logits.
-        logits, _ = answer_logits(said, labels, self.causal)
+        logits, _ = answer_logits(found, labels, self.causal)
         return Targets(logits)
 
     def _step_of(self, model, num_items_in_batch):
         "The step of a batch; in an evaluation, a batch is one of its own."
         if num_items_in_batch is None or not model.training:
             return _Step(tokens=None, batches=1, processes=1)
-        processes = self.accelerator.num_processes
+        # Without this option the tokens are those of one process: DDP's mean of the
+        # gradients is then the mean over processes, and no sum is to be restored.
+        shared = self.args.average_tokens_across_devices
+        processes = self.accelerator.num_processes if shared else 1
         batches = processes * self.current_gradient_accumulation_steps
         return _Step(num_items_in_batch, batches, processes)
 

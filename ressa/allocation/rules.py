@@ -21,10 +21,11 @@ from ressa.allocation.budgets import (
     shapes_of,
     solve_increasing,
 )
-from ..devices import to_device
+from ..devices import input_device, require_in_memory, to_device
 from ..parts import modality_map
 from ..pruning.engine import input_statistics
 from ..pruning.passes import number_of_examples, take_examples
+from ..pruning.placement import StoredWeight
 from ..pruning.statistics import Statistics
 
 # %% ../../nbs/reference/rules.ipynb #933e6cc8
@@ -90,17 +91,17 @@ def outlier_share(
     """
     if not 0 <= factor < math.inf:
         raise ValueError(f"factor must be a finite number, 0 or more, not {factor}")
+    device = stats[0].norm.device  # a group of layers may lie on several cards
     scores = torch.cat(
-        [(weight.abs() * s.norm).flatten() for weight, s in zip(weights, stats)]
+        [
+            (weight.to(device).abs() * s.norm.to(device)).flatten()
+            for weight, s in zip(weights, stats)
+        ]
     )
     is_outlier = scores > factor * scores.mean()
     return is_outlier.float().mean().item()
 
 # %% ../../nbs/reference/rules.ipynb #c563dbc0
-def _weights_of(layers, names):
-    return [layers[name].weight.data for name in names]
-
-
 def owl(
     model: nn.Module,  # any vision-language model
     batch: dict,  # calibration rows
@@ -123,10 +124,12 @@ def owl(
     uniform(model, sparsity, max_sparsity=max_sparsity, m=m, fixed=fixed)
     layers = modality_map(model).layers
     groups = layer_groups(model, shapes_of(model), by)
-    stats = input_statistics(model.eval(), to_device(batch, model.device))
+    stats = input_statistics(model.eval(), to_device(batch, input_device(model)))
     shares = {
         group: outlier_share(
-            _weights_of(layers, names), [stats[name] for name in names], factor
+            [StoredWeight(layers[name]).read() for name in names],
+            [stats[name] for name in names],
+            factor,
         )
         for group, names in groups.items()
     }
@@ -255,6 +258,7 @@ def ecoflap(
     """
     if pieces < 1:
         raise ValueError(f"pieces must be 1 or more, not {pieces}")
+    require_in_memory(model, "ecoflap")
     if not 0 < step < math.inf:
         raise ValueError(f"step must be a finite number above 0, not {step}")
     if max_sparsity is None:
@@ -267,10 +271,10 @@ def ecoflap(
     groups = layer_groups(model, shapes, by)
     generator = torch.Generator().manual_seed(seed)
     worth = dict.fromkeys(groups, 0.0)
-    for piece in _equal_pieces(to_device(batch, model.device), pieces):
+    for piece in _equal_pieces(to_device(batch, input_device(model)), pieces):
         loss = functools.partial(calibration_loss, model, piece)
         for group, names in groups.items():
-            weights = _weights_of(layers, names)
+            weights = [layers[name].weight.data for name in names]
             worth[group] += random_slope(loss, weights, generator, step)
     sizes = {
         group: sum(math.prod(shapes[name]) for name in names)

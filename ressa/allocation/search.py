@@ -24,7 +24,7 @@ from ressa.allocation.budgets import (
     zeros_of,
 )
 from .rules import calibration_loss
-from ..devices import to_device
+from ..devices import input_device, require_in_memory, to_device
 from ..parts import modality_map, per_layer
 from ..pruning.engine import input_statistics
 from ..pruning.methods import method_of, prune_weights
@@ -122,8 +122,9 @@ class TrialModel:
         batch: dict,  # calibration rows with labels
         method: str | Callable = "wanda",  # as in `prune`
     ):
+        require_in_memory(model, "search")
         self.model = model.eval()
-        self.batch = to_device(batch, model.device)
+        self.batch = to_device(batch, input_device(model))
         self.method = method_of(method)
         mmap = modality_map(model)
         self.layers = mmap.layers
@@ -149,8 +150,10 @@ class TrialModel:
     def _set(self, name, target):
         weight = self.dense_weights[name]
         if target and name in self.stats:
-            (weight,) = prune_weights([weight], self.stats[name], target, self.method)
-        self.layers[name].weight.data = weight
+            stats = self.stats[name]
+            (weight,) = prune_weights([weight], stats, target, self.method)
+        layer = self.layers[name]
+        layer.weight.data = weight.to(layer.weight.device)
         self.applied[name] = target
         if name not in self.language_layers:
             self._from_language = None

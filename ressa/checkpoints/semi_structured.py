@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..devices import require_in_memory
 from ..pruning.masks import has_pattern
 
 # %% ../../nbs/reference/semi_structured.ipynb #6f0a094a
@@ -73,6 +74,7 @@ def convert_where_faster(
     `ValueError` if `tokens` is empty or a count is below 1.
     """
     _check_counts(tokens, rounds)
+    require_in_memory(model, "a conversion to 2:4")
     report: dict[str, dict[int, float] | str] = {}
     for name, layer in model.named_modules():
         if type(layer) is not nn.Linear or not has_pattern(layer.weight, "2:4"):

@@ -29,6 +29,7 @@ from ressa.checkpoints.packing import (
     pack_tensor,
     unpack_tensor,
 )
+from ..devices import require_in_memory
 from ..files import flush_to_disk, read_json, whole_folder, write_json
 
 # %% ../../nbs/reference/sparse_checkpoints.ipynb #6e272705
@@ -393,6 +394,11 @@ def _tensors_to_save(model):
         raise ValueError(
             "a quantized model cannot be packed: prune and pack the dense one"
         )
+    require_in_memory(
+        model,
+        "save_sparse",
+        "save the model with save_pretrained, and pack the folder with ressa.pack",
+    )
     state = model.state_dict()
     left_out = set(model._keys_to_ignore_on_save or ())
     for name, source in model.all_tied_weights_keys.items():

@@ -18,7 +18,7 @@ from ressa.cli.options import (
     PRUNING,
     REPAIR,
     TESTING,
-    check_options,
+    validate_options,
 )
 
 # %% ../../nbs/reference/command.ipynb #1e0b159a
@@ -73,7 +73,7 @@ def run_evaluate(
     from ressa.models.load_model import load_model
 
     _silence_libraries()
-    check_options(args)
+    validate_options(args)
     model, processor = load_model(args.model, args.device, args.dtype)
     options = {"batch_size": args.test_batch}
     if args.data == "easy-vqa":
@@ -102,7 +102,7 @@ def run_prune(
     from ressa.models.load_model import load_model
 
     _silence_libraries()
-    check_options(args)
+    validate_options(args)
     out = Path(args.out)
     dense, processor = load_model(args.model, "cpu", args.dtype)
     examples = load_training(args, processor)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PARTS', 'DTYPES', 'LOADING', 'TESTING', 'PRUNING', 'REPAIR', 'PACKING', 'Option', 'pruning_target',
-           'check_options']
+           'validate_options']
 
 # %% ../../nbs/reference/command_options.ipynb #d866bc65
 import argparse
@@ -150,7 +150,7 @@ _AT_LEAST_ONE = (
 )
 
 
-def check_options(
+def validate_options(
     args: argparse.Namespace,  # of any command
 ) -> None:
     "Raise `ValueError` for a number that makes no sense; the message names its flag."

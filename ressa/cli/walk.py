@@ -20,7 +20,7 @@ from torch import nn
 from .. import __version__
 from ..adaptation.adapters import zero_masks, zeros_filled
 from ..adaptation.repair import repair
-from .options import check_options, pruning_target
+from .options import pruning_target, validate_options
 from .report import html_report
 from ressa.cli.results import (
     ROWS,
@@ -176,7 +176,7 @@ class _Run(NamedTuple):
 
 def _load_run(args):
     "Load the dense model and the data. Raises `ValueError`."
-    check_options(args)
+    validate_options(args)
     dense, processor = load_model(args.model, args.device, args.dtype)
     if has_towers(dense):
         raise ValueError(

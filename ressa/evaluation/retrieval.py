@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..devices import to_device
+from ..devices import input_device, to_device
 from .metrics import references_of
 
 # %% ../../nbs/reference/retrieval.ipynb #c8f135d9
@@ -95,9 +95,10 @@ def embed(
     text_batches = (
         processor(text=group, **text_options) for group in _groups(texts, batch_size)
     )
+    device = input_device(model)
     return (
-        _unit_vectors(image_batches, model.get_image_features, model.device),
-        _unit_vectors(text_batches, model.get_text_features, model.device),
+        _unit_vectors(image_batches, model.get_image_features, device),
+        _unit_vectors(text_batches, model.get_text_features, device),
     )
 
 # %% ../../nbs/reference/retrieval.ipynb #997931c5

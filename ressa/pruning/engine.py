@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..devices import to_device
+from ..devices import input_device, to_device
 from ..parts import ModalityMap, modality_map, per_layer
 from .masks import sparsity_of, validate_target
 from .methods import Method, method_of, prune_weights, target_keywords
@@ -140,7 +140,7 @@ def input_statistics(
 ) -> dict[str, Statistics]:  # layer name → statistics
     "The input statistics of each layer that one pass reaches, with the model as it is."
     parts = modality_map(model)
-    batch = to_device(batch, model.device)
+    batch = to_device(batch, input_device(model))
     inputs = _Inputs(method_of(method), batch, parts.part_of)
     with _evaluation_mode(model):
         return inputs.statistics_of_all(model, batch, parts.layers)
@@ -373,8 +373,7 @@ def prune(
     """
     parts = modality_map(model)
     targets = layer_targets(parts, sparsity, pattern)
-    if model.device.type != "meta":  # a model without weights is refused further on
-        batch = to_device(batch, model.device)
+    batch = to_device(batch, input_device(model))
     report = prune_layers(
         model, batch, parts.layers, targets, method, part_of=parts.part_of, **options
     )

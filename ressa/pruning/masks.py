@@ -163,7 +163,12 @@ def apply_mask(
 def sparsity_of(
     weight: torch.Tensor,  # any shape
 ) -> float:  # in [0, 1]; 0 for a tensor without entries
-    "The fraction of zeros in a tensor."
+    """The fraction of zeros in a tensor.
+
+    Raises `ValueError` for a placeholder on the device `meta`, which holds no numbers.
+    """
+    if weight.is_meta:
+        raise ValueError("weight is the placeholder of an offloaded weight, no numbers")
     return torch.count_nonzero(weight == 0).item() / max(weight.numel(), 1)
 
 # %% ../../nbs/course/03_masks.ipynb #8c6e69b2

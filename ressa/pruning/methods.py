@@ -95,8 +95,9 @@ def prune_weights(
     method: Method,  # from `method_of`
     **options,  # passed to the method
 ) -> list[torch.Tensor]:  # pruned weights, new tensors
-    "Prune the weights of layers that read the same input."
+    "Prune the weights of layers that read the same input, on the device of `stats`."
     options |= target_keywords(target)
+    weights = [weight.to(stats.square_sum.device) for weight in weights]
     if not method.stacked:
         return [method.function(weight, stats, **options) for weight in weights]
     pruned = method.function(torch.cat(weights), stats, **options)

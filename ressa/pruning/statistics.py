@@ -128,7 +128,8 @@ def real_tokens(
     "The inputs without those at padding, where the attention mask has their shape."
     if mask is None or x.shape[:-1] != mask.shape:
         return x
-    return x[mask.bool()]
+    # a model that lies on several cards gives x where its layer is
+    return x[mask.to(x.device, torch.bool)]
 
 # %% ../../nbs/reference/statistics.ipynb #841edf79
 def unusable(

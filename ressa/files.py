@@ -64,7 +64,7 @@ def _put_in_place(part, folder, replaced, replace_model):
     os.replace(part, folder)
     shutil.rmtree(replaced, ignore_errors=True)
 
-
+# %% ../nbs/reference/files.ipynb #5ddcf784
 @contextlib.contextmanager
 def whole_folder(
     folder: str | Path,  # a folder that does not exist yet, or an empty one

@@ -110,36 +110,95 @@ def _overlap(path, other):
     return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
+def _is_language_model(model):
+    "Whether a model is a decoder that reads text alone, such as Llama or GPT-2."
+    if not re.search("(ForCausalLM|LMHeadModel)$", type(model).__name__):
+        return False
+    parts = ("vision_config", "audio_config", "text_config")
+    config = getattr(model, "config", None)
+    return all(getattr(config, name, None) is None for name in parts)
+
+
+def _classes_entry(class_name, roots):
+    "The line of Python that tells where the parts of a class begin."
+    known = {part: path for path, part in roots.items()}
+    entry = {
+        known.get("vision", "path.of.the.vision.module"): "vision",
+        known.get("language", "path.of.the.language.module"): "language",
+    }
+    return f"ressa.parts.CLASSES[{class_name!r}] = {entry}"
+
+
+def _large_modules(model):
+    "Paths of the modules that may be parts: all down to the second level with weights."
+    return [
+        path
+        for path, module in model.named_modules()
+        if path and path.count(".") < 2 and any(True for _ in module.parameters())
+    ]
+
+
+def _no_part(model, part, roots):
+    "The error for a part that is not found: how to say where it begins."
+    class_name = type(model).__name__
+    places = _large_modules(model)
+    shown = ", ".join(places[:8]) + (", …" if len(places) > 8 else "")
+    return ValueError(
+        f"{class_name} has no {part} part that ressa knows (such as "
+        f"{', '.join(BEGINS[part][:3])}). Before you call ressa, say where its parts "
+        f"begin: import ressa.parts; {_classes_entry(class_name, roots)}. "
+        f"Its modules are {shown or 'none with weights'}. A model that has no "
+        f"{part} part cannot be split"
+    )
+
+
+def _roots_in_table(model):
+    "Where the parts of a class in `CLASSES` begin. Raises `ValueError` if it is wrong."
+    class_name = type(model).__name__
+    roots = dict(CLASSES[class_name])
+    paths = {path for path, _ in model.named_modules()}
+    for path, part in roots.items():
+        entry = f"ressa.parts.CLASSES[{class_name!r}]"
+        if path not in paths:
+            raise ValueError(
+                f"{entry} names {path!r}, and the model has no such module: its "
+                f"modules are {', '.join(_large_modules(model)[:8])}, …"
+            )
+        if part not in PARTS:
+            raise ValueError(f"{entry}: {part!r} is none of {', '.join(PARTS)}")
+    return roots
+
+
 def part_roots(
-    model: nn.Module,  # any vision-language model of transformers
+    model: nn.Module,  # any vision-language model or language model of transformers
 ) -> dict[str, str]:  # path of a module → part
     """Find the modules at which the parts of a model begin.
 
     Looks into `CLASSES`, then for the names in `BEGINS`, then asks the model and warns.
-    Raises `ValueError` if vision or language is not found.
+    A language model is one part that begins at the model itself, the empty path. Raises
+    `ValueError` if vision or language is not found, with the line that tells where they
+    are, and for an entry of `CLASSES` that does not fit the model.
     """
     class_name = type(model).__name__
     if class_name in CLASSES:
-        roots = dict(CLASSES[class_name])
+        roots = _roots_in_table(model)
     else:
         roots = _roots_by_name(model)
+        if not roots and _is_language_model(model):
+            return {"": "language"}
     guessed = False
     for part in ("vision", "language"):
         if part in roots.values():
             continue
         path = _root_by_method(model, part)
         if path is None or any(_overlap(path, root) for root in roots):
-            raise ValueError(
-                f"{class_name} has no {part} part that ressa knows: looked for "
-                f"{', '.join(BEGINS[part])}. "
-                "Say where its parts begin in `ressa.parts.CLASSES`."
-            )
+            raise _no_part(model, part, roots)
         roots[path] = part
         guessed = True
     if guessed:
         warnings.warn(
             f"{class_name} is new to ressa: its parts are taken to begin at {roots}. "
-            "If that is wrong, say where in `ressa.parts.CLASSES`.",
+            f"If that is wrong, change {_classes_entry(class_name, roots)}",
             stacklevel=2,
         )
     return roots
@@ -229,7 +288,7 @@ class ModalityMap:
         "Return the part that a module or parameter belongs to."
         # the longest root wins: an interface may lie inside a vision part
         for root in sorted(self.roots, key=len, reverse=True):
-            if name == root or name.startswith(f"{root}."):
+            if not root or name == root or name.startswith(f"{root}."):
                 return self.roots[root]
         return "interface"
 
@@ -260,9 +319,11 @@ def _owns_parameters(module):
 
 
 def modality_map(
-    model: nn.Module,  # any vision-language model of transformers
+    model: nn.Module,  # any vision-language model or language model of transformers
 ) -> ModalityMap:
     """Sort every module that owns parameters into vision, interface and language.
+
+    All of a language model is language; its other parts are empty.
 
     Linear layers are in `linears`. Other modules are in `left_dense` with the reason,
     and so are the output head, tied weights and layers that no answer depends on.

@@ -123,11 +123,11 @@ def adapt(
     r=DEFAULT_RANKS,  # rank, or a mapping from part, layer or expression to rank
     lora_alpha=16,  # alpha, likewise
 ) -> nn.Module:  # the model as it is trained: a `PeftModel`, or `model` itself
-    """Make a pruned model trainable in one of five ways that keep its zeros.
+    """Make a pruned model trainable in one of five ways.
 
-    The layers that `r` names are chosen for `full` too; `bias` trains those of the whole
-    model. `lora` fills the zeros when it is merged. Raises `ValueError` for an unknown
-    adapter, and for ranks and alphas that fit no layer.
+    The layers that `r` names are chosen for `full` too; `bias` trains those of the
+    whole model. `lora` fills the zeros when it is merged. Raises `ValueError` for an
+    unknown adapter, and for ranks and alphas that fit no layer.
     """
     if adapter not in ADAPTERS:
         raise ValueError(f"adapter must be one of {list(ADAPTERS)}, not {adapter!r}")

@@ -113,7 +113,10 @@ def top_targets(
     k: int = 16,  # words listed; at most vocabulary - 1: the rest is then the last word
     temperature: float = 1.0,  # T
 ) -> Targets:
-    "The k likeliest words of each token, and the rest. Raises `ValueError` if k is below 1."
+    """The k likeliest words of each token, and the rest.
+
+    Raises `ValueError` if k is below 1 or T is not above 0.
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     check_temperature(temperature)
@@ -228,14 +231,15 @@ def loss_terms(
     *,
     temperature: float = 1.0,  # T
     shift: bool = True,  # as in `answer_logits`
-    positions: str = "answer",  # distil on "answer" tokens or, as the paper's code, "all"
+    positions: str = "answer",  # distil on "answer" tokens, or on "all" (the paper)
     tokens: int | torch.Tensor | None = None,  # divide by so many; None: answers here
 ) -> tuple[torch.Tensor, torch.Tensor]:  # CE, T²·KL: scalars in nats
-    """The two terms of the RESSA loss: cross-entropy with labels, and T²·KL(teacher‖student).
+    """The two terms of the RESSA loss: cross-entropy, and T²·KL(teacher‖student).
 
     Both are means over answer tokens. With `positions="all"` the divergence is summed
     over the tokens of an example, padding too, and averaged over examples.
-    Without a teacher it is 0. Raises `ValueError` for logits that do not fit the labels.
+    Without a teacher it is 0. Raises `ValueError` if logits, targets and labels do not
+    fit each other, and for other positions and temperatures.
     """
     check_positions(positions)
     check_temperature(temperature)

@@ -73,7 +73,7 @@ class RepairReport:
         self,
         ax=None,  # matplotlib axes to draw on; None makes new ones
     ):  # → the axes
-        "Draw the two terms of the training loss, and the held-out loss if there is one."
+        "Draw both terms of the training loss, and the held-out loss if there is one."
         import matplotlib.pyplot as plt
 
         if ax is None:
@@ -117,9 +117,9 @@ def _check_device(model, use_cpu):
         )
 
 
-def _usual_arguments(model, steps, batch_size):
-    "A cosine schedule, twenty lines of log, one checkpoint kept of every 50 steps."
-    return dict(
+def _default_arguments(model, steps, batch_size, folder, patience):
+    "A cosine schedule, twenty lines of log, one checkpoint kept, and early stopping."
+    defaults = dict(
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         max_steps=steps,
@@ -130,19 +130,19 @@ def _usual_arguments(model, steps, batch_size):
         save_total_limit=1,
         use_cpu=input_device(model).type == "cpu",
     )
-
-
-def _early_stopping_arguments(steps):
-    "Ask the held-out examples ten times, and return to the best checkpoint at the end."
-    interval = max(1, steps // 10)
-    return dict(
-        eval_strategy="steps",
-        eval_steps=interval,
-        save_steps=interval,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        restore_callback_states_from_checkpoint=True,
-    )
+    if patience is not None:
+        interval = max(1, steps // 10)
+        defaults |= dict(
+            eval_strategy="steps",
+            eval_steps=interval,
+            save_steps=interval,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            restore_callback_states_from_checkpoint=True,
+        )
+    elif folder is None:
+        defaults["save_strategy"] = "no"  # nobody could resume from its checkpoints
+    return defaults
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ def _stopped_early(state):
 
 
 def _train_or_resume(trainer, folder):
-    "Train from the start, or from the last whole checkpoint; load it if the run had ended."
+    "Train from the start or from the last whole checkpoint; load it if the run ended."
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
         trainer.train()
@@ -182,7 +182,7 @@ def _train_or_resume(trainer, folder):
         checkpoint = str(Path(checkpoint).with_name(best))
     trainer._load_from_checkpoint(checkpoint)
 
-# %% ../../nbs/reference/repair.ipynb #e722b722
+# %% ../../nbs/reference/repair.ipynb #70a628e1
 def _score(model, held_out, processor):
     "Score on the held-out examples, in [0, 1]; None where there are none."
     if held_out is None:
@@ -193,12 +193,24 @@ def _score(model, held_out, processor):
 def _warn_of_harm(before, after):
     if after < before:
         warnings.warn(
-            f"repair lowered the held-out score from {before:.3f} to {after:.3f}: lower "
-            "the learning rate, or train on examples like those held out",
+            f"repair lowered the held-out score from {before:.3f} to {after:.3f}: "
+            "lower the learning rate, or train on examples like those held out",
             stacklevel=3,  # the caller of `repair`
         )
 
 
+def _merged(student, adapter, masks, device):
+    "The repaired model where it was before, its update merged, every zero in place."
+    model = student
+    if isinstance(student, PeftModel):
+        model = student.merge_and_unload(safe_merge=True)
+    if adapter == "lora":
+        remask(model, masks)
+    if not is_placed(model):
+        model.to(device)  # the trainer may have moved it
+    return model.eval()
+
+# %% ../../nbs/reference/repair.ipynb #e722b722
 def repair(
     model: nn.Module,  # a pruned model; changed in place
     data,  # examples with image, prompt and answer
@@ -211,72 +223,48 @@ def repair(
     learning_rate: float = 2e-3,  # for small models; 1e-4 in the paper, for 7B
     adapter: str = "sparselora",  # a key of `ADAPTERS`
     r=DEFAULT_RANKS,  # rank, or a mapping from part, layer or expression to rank
-    lora_alpha=16,  # likewise
+    lora_alpha=16,  # alpha, likewise
     seed: int = 0,  # of the adapters and of the order of the examples
     held_out=None,  # examples to score before and after
-    patience: int
-    | None = None,  # stop after so many tenths of `steps` without progress
+    patience: int | None = None,  # stop after so many tenths of `steps` in vain
     **arguments,  # of `RessaArguments`: distill_weight, temperature, bf16, …
 ) -> RepairReport:
     """Train a pruned model to answer as its teacher does, keep its zeros, and merge.
 
     Without `folder`, checkpoints go to a temporary one. With `adapter="lora"` the zeros
-    are filled by the merge and put back afterwards. The loss is that of RESSA
-    (arXiv 2404.02424), see `distillation_loss`; `distill_weight=0` needs no teacher.
-    Raises `ValueError` for settings that do not fit, before the model is changed.
+    are filled by the merge and put back afterwards. The loss is that of RESSA (arXiv
+    2404.02424), see `distillation_loss`; `distill_weight=0` needs no teacher. Raises
+    `ValueError` for settings that do not fit, before the model is changed.
     """
     _check_request(steps, held_out, patience)
     _check_device(model, arguments.get("use_cpu"))
-    device = input_device(model)
-    settings = _usual_arguments(model, steps, batch_size)
-    callbacks = []
-    if patience is not None:
-        settings |= _early_stopping_arguments(steps)
-        callbacks.append(EarlyStoppingCallback(patience))
-    elif folder is None:
-        settings["save_strategy"] = "no"  # nobody could resume from these checkpoints
-    settings |= dict(learning_rate=learning_rate, seed=seed) | arguments
-    watched = held_out if patience is not None else None  # its loss, while training
-
+    defaults = _default_arguments(model, steps, batch_size, folder, patience)
+    settings = defaults | dict(learning_rate=learning_rate, seed=seed) | arguments
+    watched = None if patience is None else held_out  # its loss, while training
+    callbacks = [] if patience is None else [EarlyStoppingCallback(patience)]
     with _checkpoint_folder(folder) as checkpoints:
         args = RessaArguments(str(checkpoints), **settings)
         check_training_data(teacher, args, data, watched)
-        score_before = _score(model, held_out, processor)
-        masks = zero_masks(model)
-
+        before = _score(model, held_out, processor)
+        masks, device = zero_masks(model), input_device(model)
         start = time.perf_counter()
         set_seed(seed)
         student = adapt(model, adapter, r, lora_alpha)
         trained = trainable_weights(student)
+        datasets = dict(train_dataset=data, eval_dataset=watched)
         trainer = RessaTrainer(
-            student,
-            args,
-            teacher,
-            processor,
-            train_dataset=data,
-            eval_dataset=watched,
-            callbacks=callbacks,
+            student, args, teacher, processor, callbacks=callbacks, **datasets
         )
         _train_or_resume(trainer, checkpoints)
-
-    if isinstance(student, PeftModel):
-        model = student.merge_and_unload(safe_merge=True)
-    if adapter == "lora":
-        remask(model, masks)
-    model.eval()
-    if not is_placed(model):
-        model.to(device)  # the trainer may have moved it
-    seconds = time.perf_counter() - start
-
-    scores = None
-    if held_out is not None:
-        scores = score_before, _score(model, held_out, processor)
-        _warn_of_harm(*scores)
-    return RepairReport(
+    model = _merged(student, adapter, masks, device)
+    report = RepairReport(
         model=model,
         log=trainer.state.log_history,
         trained=trained,
         zeros_filled=zeros_filled(masks, model),
-        seconds=seconds,
-        held_out=scores,
+        seconds=time.perf_counter() - start,
     )
+    if held_out is not None:
+        report.held_out = before, _score(model, held_out, processor)
+        _warn_of_harm(*report.held_out)
+    return report

@@ -36,8 +36,8 @@ def masked_weight(
     return weight + torch.where(weight != 0, B @ A, 0)
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #6d766903
-# The derivative of hard-shrink, [|w| > λ], is at λ = 0 the mask. Its CPU kernel takes no
-# branch at each weight, as `torch.where` does, and it can write into the update.
+# The derivative of hard-shrink, [|w| > λ], is the mask at λ = 0. Its CPU kernel takes
+# no branch at each weight, unlike `torch.where`, and it can write into the update.
 _hard_shrink_backward = torch.ops.aten.hardshrink_backward.grad_input
 
 
@@ -49,8 +49,8 @@ def _apply_mask_(update, weight):
     return _hard_shrink_backward(update, weight, 0.0, grad_input=update)
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #1677b060
-# Where torch.compile makes one kernel of product, mask and sum; a kind of device on which
-# it has failed once is taken out.
+# Where torch.compile makes one kernel of product, mask and sum. A kind of device on
+# which it has failed is taken out.
 _compiled_devices = {"cuda"}
 
 
@@ -135,9 +135,10 @@ def sparse_lora_linear(
     B: torch.Tensor,  # (out, r)
     scale: float | torch.Tensor = 1.0,  # s = α/r, or (r,), one per rank; no gradient
 ) -> torch.Tensor:  # (…, out)
-    """A linear layer with a masked update: x(W + s·(BA)⊙[W≠0])ᵀ + b (RESSA, arXiv 2404.02424).
+    """A linear layer with a masked update: x(W + s·(BA)⊙[W≠0])ᵀ + b.
 
-    Under autocast the product with x is in 16 bits, BA and its sum with W are not.
+    The update is that of RESSA (arXiv 2404.02424), its gradients are exact. Under
+    autocast the product with x is in 16 bits, BA and its sum with W are not.
     Raises `ValueError` if the shapes of weight, A and B do not fit.
     """
     if A.shape[1:] != weight.shape[1:] or B.shape != (len(weight), len(A)):
@@ -206,8 +207,8 @@ class SparseLoraLinear(LoraLinear):
 # %% ../../nbs/course/09_sparse_lora.ipynb #75e18f78
 SPARSELORA = "SPARSELORA"  # the kind's name in PEFT: plain LoRA would fill the zeros
 
-# Of all prunable layers of a part. The paper's are 4, 8 and 2, for a language model that
-# is much larger than its vision part.
+# Of all prunable layers of a part. The paper's are 4, 8 and 2, for a language model
+# that is much larger than its vision part.
 DEFAULT_RANKS = {"vision": 8, "language": 8, "interface": 4}
 
 
@@ -242,7 +243,7 @@ def peft_targets(
     r,  # rank, or a mapping from part, layer or expression to rank
     lora_alpha=16,  # alpha, likewise
 ) -> dict:  # fields of `LoraConfig`, by name
-    """Ranks and alphas by part in PEFT's terms: a highest value, and exceptions by layer.
+    """Ranks and alphas by part in PEFT's terms: the highest, and exceptions by layer.
 
     Raises `ValueError` if a key matches no layer, no layer gets a rank, a layer gets
     a rank but no alpha, or a value is not above 0.

@@ -94,7 +94,7 @@ def _put_back(weight, values):
 # %% ../../nbs/reference/teachers.ipynb #0dd4a245
 @contextmanager
 def _dense_while_called(layers, removed):
-    "Each layer holds its dense weight during its own call, and its pruned one elsewhere."
+    "Each layer holds its dense weight during its own call, and its pruned one else."
     pruned_weights = {}
 
     def put_dense(layer, inputs):
@@ -191,7 +191,7 @@ class SelfTeacher:
 
 # %% ../../nbs/reference/teachers.ipynb #ddb3edbb
 def _fingerprint(data, teacher, k, temperature):
-    "Examples, settings and teacher in one line; of images and weights a few stand for all."
+    "Examples, settings and teacher in a line; a few images and weights stand for all."
     examples = hashlib.sha1()
     for column in ("prompt", "answer"):
         examples.update("\n".join(data[column][:]).encode())

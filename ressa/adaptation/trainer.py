@@ -46,10 +46,10 @@ class QuietProgress(ProgressCallback):
 # %% ../../nbs/reference/trainer.ipynb #73174a0d
 @dataclass
 class RessaArguments(TrainingArguments):
-    """`TrainingArguments` with those of the RESSA loss; the learning rate is the paper's.
+    """`TrainingArguments` and those of the RESSA loss; learning rate as in the paper.
 
-    Raises `ValueError` for a weight outside of [0, 1], a temperature that is not above 0,
-    and unknown positions.
+    Raises `ValueError` for a weight outside of [0, 1], a temperature that is not
+    above 0, and unknown positions.
     """
 
     distill_weight: float = field(
@@ -159,7 +159,74 @@ class _Step(NamedTuple):
     batches: int  # of the step: accumulated ones, of all processes
     processes: int
 
+# %% ../../nbs/reference/trainer.ipynb #09d1e96f
+class _WithRessaLoss(_MeansLogged):
+    "The RESSA loss of a batch; `teacher` and `causal` are set by `RessaTrainer`."
 
+    def _targets(self, student, inputs, labels):
+        "The teacher's logits of all tokens, or its targets of the answer tokens."
+        found = self.teacher(student, inputs)
+        if isinstance(found, Targets) or self.args.positions == "all":
+            return found
+        # Only the answers are kept while the student computes its own logits.
+        logits, _ = answer_logits(found, labels, self.causal)
+        return Targets(logits)
+
+    def _step_of(self, model, num_items_in_batch):
+        "The step of a batch; in an evaluation, a batch is one of its own."
+        if num_items_in_batch is None or not model.training:
+            return _Step(tokens=None, batches=1, processes=1)
+        # Without this option the tokens are those of one process: DDP's mean of the
+        # gradients is then the mean over processes, and no sum is to be restored.
+        shared = self.args.average_tokens_across_devices
+        processes = self.accelerator.num_processes if shared else 1
+        batches = processes * self.current_gradient_accumulation_steps
+        return _Step(num_items_in_batch, batches, processes)
+
+    def _shares(self, logits, targets, labels, step):
+        "What the batch adds to both terms of its step."
+        task, divergence = loss_terms(
+            logits,
+            targets,
+            labels,
+            temperature=self.args.temperature,
+            shift=self.causal,
+            positions=self.args.positions,
+            tokens=step.tokens,
+        )
+        if self.args.positions == "all":
+            # A mean over the batch's examples; the step's is the mean over its batches.
+            divergence = divergence / step.batches
+        return task, divergence
+
+    def _note_terms(self, task, divergence, step, training):
+        "For the log, which takes means over batches: a share times their number."
+        prefix = "" if training else "eval_"
+        self.note(f"{prefix}task_loss", task * step.batches)
+        self.note(f"{prefix}distillation_loss", divergence * step.batches)
+
+    def compute_loss(
+        self, model, inputs, return_outputs=False, num_items_in_batch=None
+    ):
+        labels = inputs["labels"]
+        if self.causal:
+            # Given labels, the model would compute a loss of its own beside ours.
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        weight = self.args.distill_weight
+        targets = None
+        if weight > 0:
+            student = self.accelerator.unwrap_model(model)
+            targets = self._targets(student, inputs, labels)
+        outputs = model(**model_inputs(inputs))
+
+        step = self._step_of(model, num_items_in_batch)
+        task, divergence = self._shares(outputs.logits, targets, labels, step)
+        self._note_terms(task, divergence, step, model.training)
+        # DDP averages gradients over processes, and shares are to be added.
+        loss = ressa_loss(task, divergence, weight) * step.processes
+        return (loss, outputs) if return_outputs else loss
+
+# %% ../../nbs/reference/trainer.ipynb #7e406de8
 def _as_teacher(teacher, model, device):
     "The teacher as a function of student and batch; a model is wrapped."
     if isinstance(teacher, SelfTeacher) and not isinstance(model, PeftModel):
@@ -168,12 +235,12 @@ def _as_teacher(teacher, model, device):
             "student's own weights are trained: take another teacher"
         )
     if isinstance(teacher, nn.Module):
-        # What accelerate has spread over devices stays there: its hooks move the inputs.
+        # What accelerate has spread over devices stays there: its hooks move inputs.
         return ModelTeacher(teacher if is_placed(teacher) else teacher.to(device))
     return teacher
 
-# %% ../../nbs/reference/trainer.ipynb #7e406de8
-class RessaTrainer(_MeansLogged):
+
+class RessaTrainer(_WithRessaLoss):
     """A `Trainer` with the RESSA loss, (1−λ)·CE + λ·T²·KL(teacher‖student).
 
     Its log holds `task_loss` and `distillation_loss` beside `loss`. Raises `ValueError`
@@ -224,66 +291,3 @@ class RessaTrainer(_MeansLogged):
             super()._save_checkpoint(*args)
         except RuntimeError as error:  # torch's writer raises it when a disk is full
             raise OSError(f"the checkpoint could not be written: {error}") from error
-
-    def _targets(self, student, inputs, labels):
-        "The teacher's logits of all tokens, or its targets of the answer tokens."
-        found = self.teacher(student, inputs)
-        if isinstance(found, Targets) or self.args.positions == "all":
-            return found
-        # Only the answers are kept while the student computes its own logits.
-        logits, _ = answer_logits(found, labels, self.causal)
-        return Targets(logits)
-
-    def _step_of(self, model, num_items_in_batch):
-        "The step of a batch; in an evaluation, a batch is one of its own."
-        if num_items_in_batch is None or not model.training:
-            return _Step(tokens=None, batches=1, processes=1)
-        # Without this option the tokens are those of one process: DDP's mean of the
-        # gradients is then the mean over processes, and no sum is to be restored.
-        shared = self.args.average_tokens_across_devices
-        processes = self.accelerator.num_processes if shared else 1
-        batches = processes * self.current_gradient_accumulation_steps
-        return _Step(num_items_in_batch, batches, processes)
-
-    def _shares(self, logits, targets, labels, step):
-        "What the batch adds to both terms of its step."
-        task, divergence = loss_terms(
-            logits,
-            targets,
-            labels,
-            temperature=self.args.temperature,
-            shift=self.causal,
-            positions=self.args.positions,
-            tokens=step.tokens,
-        )
-        if self.args.positions == "all":
-            # A mean over the batch's examples; the step's is the mean over its batches.
-            divergence = divergence / step.batches
-        return task, divergence
-
-    def _note_terms(self, task, divergence, step, training):
-        prefix = "" if training else "eval_"
-        # The log takes means over batches, so each is noted as if all were like it.
-        self.note(f"{prefix}task_loss", task * step.batches)
-        self.note(f"{prefix}distillation_loss", divergence * step.batches)
-
-    def compute_loss(
-        self, model, inputs, return_outputs=False, num_items_in_batch=None
-    ):
-        labels = inputs["labels"]
-        if self.causal:
-            # Given labels, the model would compute a loss of its own beside ours.
-            inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        weight = self.args.distill_weight
-        targets = None
-        if weight > 0:
-            student = self.accelerator.unwrap_model(model)
-            targets = self._targets(student, inputs, labels)
-        outputs = model(**model_inputs(inputs))
-
-        step = self._step_of(model, num_items_in_batch)
-        task, divergence = self._shares(outputs.logits, targets, labels, step)
-        self._note_terms(task, divergence, step, model.training)
-        # DDP averages gradients over processes, and shares are to be added.
-        loss = ressa_loss(task, divergence, weight) * step.processes
-        return (loss, outputs) if return_outputs else loss

@@ -36,7 +36,7 @@ def _check_counts(tokens, rounds):
 @torch.no_grad()
 def measured_gain(
     weight: torch.Tensor,  # (out, in)
-    convert: Callable,  # weight → what `F.linear` takes, such as torch.Tensor.to_sparse_csr
+    convert: Callable,  # weight → what `F.linear` takes: torch.Tensor.to_sparse_csr, …
     tokens: int,  # length of the input
     rounds: int = 20,  # measurements of each form, taken in turn
 ) -> float:  # above 1: the converted weight is faster by this factor

@@ -137,13 +137,19 @@ def run_unpack(
 # %% ../../nbs/reference/command.ipynb #dc1b2eb4
 ABOUT = "Prune vision-language models and repair what pruning broke."
 EXAMPLES = """examples:
-  ressa repair                              the bundled model, 80 % of vision and language
-  ressa repair --pattern 2:4 --out two-four     two of every four weights
-  ressa repair --vision 0.5 --language 0.8      a sparsity for each part
-  ressa evaluate --model ressa-out/model        how good is a model?
-  ressa pack --model ressa-out/model --out packed    store it without its zeros
-  ressa repair --model ID --data ID --dtype bfloat16 --lr 1e-4 --train-split "validation[:4000]"
-      --split "validation[4000:6000]" --test-batch 16    a model and a data set of the hub
+  ressa repair
+      prune 80 % of the bundled model's vision and language weights, and repair it
+  ressa repair --pattern 2:4 --out two-four
+      keep two of every four weights
+  ressa repair --vision 0.5 --language 0.8
+      a sparsity for each part
+  ressa evaluate --model ressa-out/model
+      measure a model
+  ressa pack --model ressa-out/model --out packed
+      store it without its zeros
+  ressa repair --model ID --data ID --dtype bfloat16 --lr 1e-4 --test-batch 16
+        --train-split "validation[:4000]" --split "validation[4000:6000]"
+      a model and a data set of the Hugging Face hub
 """
 COMMANDS = {  # name → (function, options)
     "repair": (run_repair, LOADING + PRUNING + REPAIR + TESTING),
@@ -184,7 +190,7 @@ def parse(
         "ressa",
         description=ABOUT,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines as they are
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps line breaks
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name in COMMANDS:

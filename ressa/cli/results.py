@@ -40,7 +40,7 @@ LONGEST_ANSWER = 32  # tokens; answers of other data sets than easy-VQA can be l
 
 
 def plain_row(
-    result: Evaluation,
+    result: Evaluation,  # from `evaluate` or `score`
 ) -> dict:  # accuracy, accuracy_ci and by_type
     "An evaluation as plain values, overall and for each type of question."
     by_type = {}
@@ -139,7 +139,7 @@ HEAD = ["model", "questions", "95 % interval", "captions", "CIDEr"]
 
 
 def table_head(
-    results: dict,  # a run
+    results: dict,  # a run: dense → metric, if it is not that of easy-VQA
 ) -> list[str]:
     "The head of the summary table: `HEAD`, or the name of another metric in it."
     metric = results["dense"].get("metric", HEAD[1])
@@ -147,7 +147,7 @@ def table_head(
 
 
 def summary_rows(
-    results: dict,  # a run: row → accuracy, accuracy_ci; of captions caption_exact, cider
+    results: dict,  # a run: row → accuracy, accuracy_ci, caption_exact, cider
 ) -> list[list[str]]:  # one list for each of `ROWS`, under `HEAD`
     "The summary table: name, accuracy, interval, exact captions and CIDEr."
     table = []

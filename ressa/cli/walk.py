@@ -56,7 +56,7 @@ def settings_of(
 
 # %% ../../nbs/reference/command_walk.ipynb #6c11dcd8
 def _make_folder(out, settings):
-    "Make the folder, and mark it with the settings if it is empty. Raises `ValueError`."
+    "Make the folder, and mark an empty one with the settings. Raises `ValueError`."
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not any(out.iterdir()):
@@ -97,7 +97,7 @@ def load_tests(
     args: argparse.Namespace,  # with `data`, `split`, `config` and `limit`
     processor,  # the processor of the model
 ) -> list:  # questions and captions of easy-VQA, or one data set
-    "The examples to test on; with a limit a random part of easy-VQA, or the first ones."
+    "The examples to test on; a limit takes a random part of easy-VQA, or the first ones."
     if args.data != "easy-vqa":
         data = load_data(
             args.data,

@@ -71,7 +71,7 @@ RATES = {  # the best of those tried on training questions; other rows take RESS
 
 
 def _is_only_hurt(target):
-    "The bundled model still stands with 60 % of its weights gone, or half in a pattern."
+    "The bundled model still answers without 60 % of its weights, or half in a pattern."
     if isinstance(target, dict):
         return sum(target.values()) / len(target) <= 0.6
     return target in ("0.5", "0.6", "2:4", "4:8")
@@ -114,7 +114,10 @@ def _with_grey_images(data):
 def examples_of(
     kind: str,  # one of `KINDS`
 ) -> Dataset:  # the training examples with the dense model's targets
-    "Questions once, captions twice, with cached targets. Raises `ValueError` for another kind."
+    """Training examples of a kind with cached targets: questions once, captions twice.
+
+    Raises `ValueError` for another kind.
+    """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, not {kind!r}")
     data = training_examples()
@@ -140,7 +143,7 @@ def chosen_examples(
     leave: int = 0,  # keep the first so many questions away, to judge by
     source: Callable[[str], Dataset] = examples_of,  # kind → examples to choose from
 ) -> Dataset:
-    "The training examples of one run of the study. Raises `ValueError` if pairs is below 1."
+    "The training examples of one run. Raises `ValueError` if pairs is below 1."
     if pairs is not None and pairs < 1:
         raise ValueError(f"pairs must be 1 or more, not {pairs}")
     data = source(kind)
@@ -248,7 +251,10 @@ def repair_run(
     questions: int | None = None,  # else by the first so many test questions; None: all
     **which,  # of `chosen_examples`: pairs, images, labels, task, source
 ) -> dict:  # accuracies, seconds, zeros filled, and which answers were right
-    "Prune, repair and test once: one run of the study. Raises `ValueError` for an unknown row."
+    """Prune, repair and test once: one run of the study.
+
+    Raises `ValueError` for an unknown row, and as `pruned_model`.
+    """
     settings = _settings_of(row, target, rate, rank)
     method = settings.pop("method", "wanda")
     kind = settings.pop("examples", "true answers")

@@ -9,6 +9,7 @@ __all__ = ['BUNDLED', 'load_bundled']
 from pathlib import Path
 
 import torch
+from .weights import load_whole
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -27,9 +28,10 @@ def load_bundled(
     device: str | torch.device = "auto",  # see `pick_device`
     dtype: str | torch.dtype = "auto",  # number format of the weights; "auto": float32
 ) -> tuple[PreTrainedModel, ProcessorMixin]:  # in evaluation mode, on `device`
-    "Load the bundled dense model, ready to answer, and its processor."
-    model = AutoModelForImageTextToText.from_pretrained(
-        BUNDLED, dtype=pick_dtype(dtype), use_safetensors=True
-    )
+    """Load the bundled dense model, ready to answer, and its processor.
+
+    Raises `ValueError` if a weight of it is missing or damaged.
+    """
+    model = load_whole(AutoModelForImageTextToText, BUNDLED, dtype=pick_dtype(dtype))
     processor = AutoProcessor.from_pretrained(BUNDLED)
     return model.eval().to(pick_device(device)), processor

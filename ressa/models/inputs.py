@@ -63,11 +63,11 @@ def check_batch(
         return
     token, expected = places
     found = torch.zeros(len(ids)) if token is None else (ids == token).sum(1)
-    wrong = (found != expected).nonzero().flatten().tolist()
+    wrong = found[found != expected].tolist()
     if wrong:
         raise ValueError(
-            f"example {wrong[0]} has {int(found[wrong[0]])} places for its image, but "
-            f"the model expects {expected} (token {token}): set "
+            f"the batch has {int(wrong[0])} places for an image, but the model expects "
+            f"{expected} (token {token}): set "
             f"processor.num_query_tokens = {expected}, and use the processor that "
             "belongs to the model"
         )

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from .encoding import encode, ends_each_text
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .prompts import answer_ids, tokenizer_of
+from .encoding import encode, ends_each_text
+from .prompts import answer_ids, decoder_ids, tokenizer_of
 
 # %% ../../nbs/reference/collate.ipynb #9f51e8ec
 IGNORED = -100  # the label of a token that has no part in the loss (PyTorch's default)
@@ -116,18 +116,6 @@ def _prompts_as_read(examples, batch, tokenizer):
     return prompts
 
 
-def _labels_of_decoder(examples, processor):
-    "The token ids of answers as texts of their own, which the decoder writes alone."
-    tokenizer = tokenizer_of(processor)
-    texts = [example["answer"] for example in examples]
-    found = []
-    for ids in tokenizer(text_target=texts, padding=False, truncation=False).input_ids:
-        if ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-        found.append(ids)
-    return found
-
-
 def collate(
     examples: Sequence[Mapping[str, Any]],  # each with image, prompt and answer
     processor: ProcessorMixin | PreTrainedTokenizerBase,  # the processor of the model
@@ -154,9 +142,9 @@ def collate(
         return batch
 
     padding = tokenizer.pad_token_id or 0
+    texts = [example["answer"] for example in examples] if answers else []
     if causal:
         prompts = _prompts_as_read(examples, batch, tokenizer)
-        texts = [example["answer"] for example in examples]
         ids = [torch.tensor(ids) for ids in answer_ids(texts, prompts, processor)]
         token_type = ANSWER_TOKEN_TYPE.get(kind, 0)
         return _append_answers(batch, ids, padding, token_type)
@@ -166,7 +154,7 @@ def collate(
     batch = _append_answers(batch, nothing, padding, 0)
     del batch["labels"]
     if answers:
-        labels = [torch.tensor(ids) for ids in _labels_of_decoder(examples, processor)]
+        labels = [torch.tensor(ids) for ids in decoder_ids(texts, processor)]
         batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     return batch
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUESTION_PROMPT', 'CAPTION_PROMPT', 'SHORT_ANSWER', 'SHORT_CAPTION', 'IMAGE_MARK', 'tokenizer_of', 'reserved_tokens',
-           'write_prompt', 'end_token_ids', 'answer_ids']
+           'write_prompt', 'end_token_ids', 'answer_ids', 'decoder_ids']
 
 # %% ../../nbs/reference/prompts.ipynb #1a82cdce
 from collections.abc import Sequence
@@ -267,3 +267,17 @@ def answer_ids(
     return [
         [*ids, end] for ids, end in zip(_ids_behind(prompts, texts, tokenizer), ends)
     ]
+
+# %% ../../nbs/reference/prompts.ipynb #c94ae5c1
+def decoder_ids(
+    answers: Sequence[str],  # (n,) the answers
+    processor: ProcessorMixin | PreTrainedTokenizerBase,  # of an encoder-decoder
+) -> list[list[int]]:  # (n,) token ids, with the token that ends the answer
+    """The token ids of answers as texts of their own, for the decoder that writes them.
+
+    Raises `ValueError` if the tokenizer has no end token.
+    """
+    tokenizer = tokenizer_of(processor)
+    end = _end_id(_plain_form(tokenizer), tokenizer)
+    encoded = tokenizer(text_target=list(answers), padding=False, truncation=False)
+    return [ids if ids[-1:] == [end] else [*ids, end] for ids in encoded.input_ids]

@@ -156,13 +156,90 @@ class Unknown(nn.Module):
         return self.says
 
 
-def test_text_alone_is_refused():
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**tiny_models.LLAMA)
+# --- language models
+
+
+LANGUAGE_MODELS = {
+    "Llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**tiny_models.LLAMA)
+    ),
+    "OPT": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**tiny_models.OPT)
+    ),
+    "GPT-2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64)
+    ),
+    "Gemma3, text": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **(tiny_models.TEXT | dict(head_dim=8, sliding_window=32))
         )
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no vision part"):
-        modality_map(model)
+    ),
+    "inside a vision-language model": lambda: small("InstructBLIP, OPT").language_model,
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_language_model_is_one_part(name):
+    with torch.device("meta"):
+        model = LANGUAGE_MODELS[name]()
+    mmap = modality_map(model)
+    assert not mmap.linears["vision"] and not mmap.linears["interface"]
+    owners = [
+        path or type(model).__name__
+        for path, module in model.named_modules()
+        if list(module.parameters(recurse=False))
+    ]
+    assert sorted([*mmap.layers, *mmap.left_dense]) == sorted(owners)
+    assert {mmap.part_of(path) for path in owners} == {"language"}
+    if name != "GPT-2":  # of which all layers are of the class Conv1D
+        assert mmap.linears["language"]
+
+
+def test_a_model_that_reads_no_text_and_no_image_is_refused():
+    with torch.device("meta"):
+        bert = transformers.BertForMaskedLM(transformers.BertConfig(hidden_size=48))
+    with pytest.raises(ValueError, match="BertForMaskedLM has no vision part"):
+        modality_map(bert)
+
+
+# --- the hint to the table
+
+
+def test_the_line_in_the_error_works(monkeypatch):
+    class Fresh(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eyes = nn.Sequential(nn.Linear(4, 4))
+            self.mouth = nn.Sequential(nn.Linear(4, 4))
+
+    with pytest.raises(ValueError, match="Its modules are eyes, .*mouth") as caught:
+        modality_map(Fresh())
+    line = str(caught.value).partition("import ressa.parts; ")[2].partition("}")[0]
+    line = line.replace("path.of.the.vision.module", "eyes") + "}"
+    line = line.replace("path.of.the.language.module", "mouth")
+    import ressa.parts
+
+    try:
+        exec(line, {"ressa": ressa})
+        linears = modality_map(Fresh()).linears
+    finally:
+        del CLASSES["Fresh"]
+    assert list(linears["vision"]) == ["eyes.0"]
+    assert list(linears["language"]) == ["mouth.0"]
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"sight": "vision", "says": "language"}, "'sight', and the model has no such"),
+        ({"sees": "visoin", "says": "language"}, "'visoin' is none of vision"),
+        ({"sees": "vision", "sees.0": "language"}, "no such module"),
+    ],
+)
+def test_a_wrong_entry_of_the_table_is_named(monkeypatch, entry, message):
+    monkeypatch.setitem(CLASSES, "Unknown", entry)
+    with pytest.raises(ValueError, match=f"CLASSES.'Unknown'.*{message}"):
+        modality_map(Unknown())
 
 
 def test_an_unknown_class_is_asked():

@@ -13,8 +13,16 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader
 from torch import nn
 from transformers.integrations.accelerate import offload_weight
+from transformers.pytorch_utils import Conv1D
+
+from ..parts import linear_shape
 
 # %% ../../nbs/reference/placement.ipynb #3b6f877e
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Packages whose tensors claim to be floats of full shape, and are not.
+_NOT_PLAIN = ("torchao", "bitsandbytes", "torch.distributed")
+
+
 class StoredWeight:
     """The weight of a layer, in the place where accelerate keeps it between passes.
 
@@ -45,6 +53,11 @@ class StoredWeight:
         return self.layer.get_parameter(self.key).data
 
     @property
+    def is_transposed(self) -> bool:
+        "Whether the layer stores its weight as (in, out), like GPT-2."
+        return isinstance(self.layer, Conv1D) and self.key == "weight"
+
+    @property
     def place(self) -> str | None:
         "Where the numbers are: `layer`, `cpu`, `disk`; None if they cannot be reached."
         if not self.in_layer.is_meta:
@@ -60,7 +73,24 @@ class StoredWeight:
         self,
         name: str,  # of the layer, for the message
     ) -> None:
-        "Raise `ValueError` if there is no place that a pruned weight could be put in."
+        """Raise `ValueError` if a pruned weight could not be put in the weight's place.
+
+        The weight must be a parameter of floats, not quantised, not split over cards.
+        """
+        kind = type(self.layer).__name__
+        weight = self.layer._parameters.get(self.key)
+        if weight is None:
+            raise ValueError(
+                f"{name} ({kind}) computes its weight from other tensors: remove the "
+                "parametrization before pruning"
+            )
+        is_plain = weight.dtype in _FLOATS and weight.shape == self._stored_shape
+        if not is_plain or type(weight.data).__module__.startswith(_NOT_PLAIN):
+            raise ValueError(
+                f"{name} ({kind}) holds {type(weight.data).__name__} of {weight.dtype} "
+                f"and shape {tuple(weight.shape)}, a quantised or distributed weight: "
+                "load the model in float32, bfloat16 or float16, without quantization"
+            )
         place = self.place
         if place is None or (place == "disk" and self.loader.save_folder is None):
             raise ValueError(
@@ -68,8 +98,19 @@ class StoredWeight:
                 "weight: load the model with offload_folder=…"
             )
 
+    @property
+    def _stored_shape(self):
+        "The shape that the layer's own weight has, if it is neither packed nor cut."
+        shape = linear_shape(self.layer)
+        return shape[::-1] if self.is_transposed else shape
+
     def read(self) -> torch.Tensor:  # (out, in)
         "The weight. From disk it is read anew; else it is the stored tensor itself."
+        stored = self._read_as_stored()
+        return stored.t() if self.is_transposed else stored
+
+    def _read_as_stored(self):
+        "The weight as the layer computes with it."
         if not self.in_layer.is_meta:
             return self.in_layer
         if self.place is None:
@@ -86,6 +127,8 @@ class StoredWeight:
         if self.place != "disk":
             self.read().copy_(new)
             return
+        if self.is_transposed:
+            new = new.t()
         # accelerate casts what it fetches to the placeholder's dtype
         new = new.to("cpu", self.in_layer.dtype).contiguous()
         offload_weight(new, self.full_name, self.loader.save_folder, self.loader.index)

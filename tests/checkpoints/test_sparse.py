@@ -405,8 +405,8 @@ def test_config_and_weights_that_differ(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_sparse(tmp_path / "a")
 
-    expect("missing_keys", num_hidden_layers=3)
-    expect("unexpected_keys", num_hidden_layers=1)
+    expect("missing: model.layers.2", num_hidden_layers=3)
+    expect("unexpected: model.layers.1", num_hidden_layers=1)
     expect("no model class 'os'", architectures=["os"])
     expect("no model class None", architectures=None)
     expect("config.json", model_type="nothing")

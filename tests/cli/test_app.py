@@ -243,7 +243,7 @@ def test_pack_and_unpack_give_the_same_weights(tmp_path, capsys):
         ("--device abacus", "device 'abacus' is unknown"),
         ("--dtype int3", "dtype must be auto or one of"),
         ("--calibration 1000000", "examples are there"),
-        ("--model no/such-model", "no vision-language model there"),
+        ("--model no/such-model", "no model that ressa can load"),
     ],
 )
 def test_options_that_cannot_be_met(tmp_path, capsys, wrong, said):
@@ -291,7 +291,7 @@ def test_broken_checkpoints_are_refused(tmp_path, capsys):
         shutil.copytree(BUNDLED, model)
         damage(model / "model.safetensors")
         code, _, error = run(capsys, "evaluate", "--model", model, "--limit", 5)
-        assert code == 2 and "no vision-language model there" in error
+        assert code == 2 and "no model that ressa can load" in error
 
 
 @pytest.mark.slow

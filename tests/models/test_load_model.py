@@ -4,11 +4,17 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import CLIPModel, CLIPProcessor
 
+from ressa.checkpoints.sparse import save_sparse
+from ressa.data.collate import collate
+from ressa.files import save_model
 from ressa.models import load_model as module
 from ressa.models.bundled import BUNDLED
 from ressa.models.load_model import load_model
+from ressa.parts import modality_map
+from ressa.pruning.engine import prune
 
 
 def weights_of(model):
@@ -110,7 +116,7 @@ def test_code_of_a_repository_is_not_run(tmp_path):
     )
     config = {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="no vision-language model there"):
+    with pytest.raises(ValueError, match="no model that ressa can load"):
         load_model(folder, "cpu")
     assert not marker.exists()
 
@@ -120,5 +126,91 @@ def test_pickles_are_not_read(tmp_path, bundled):
     model.config.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="no vision-language model there"):
+    with pytest.raises(ValueError, match="no model that ressa can load"):
         load_model(tmp_path, "cpu")
+
+
+# --- folders of all kinds
+
+
+def test_a_packed_folder(tmp_path, bundled):
+    model, processor = bundled
+    save_sparse(model, processor, tmp_path / "packed")
+    loaded, loaded_processor = load_model(tmp_path / "packed", "cpu")
+    expected = weights_of(model)
+    assert all(torch.equal(w, expected[k]) for k, w in weights_of(loaded).items())
+    assert not loaded.training
+    assert loaded_processor.tokenizer.padding_side == "left"
+    half, _ = load_model(tmp_path / "packed", "cpu", "bfloat16", teacher=True)
+    assert half.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in half.parameters())
+    save_sparse(model, None, tmp_path / "alone")
+    with pytest.raises(ValueError, match="holds no processor"):
+        load_model(tmp_path / "alone", "cpu")
+
+
+@pytest.fixture
+def llama(tmp_path):
+    "A folder with a small language model and its tokenizer."
+    import tiny_models
+
+    folder = tmp_path / "llama"
+    config = transformers.LlamaConfig(**tiny_models.LLAMA)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_a_language_model_is_pruned_and_stored(llama, tmp_path, method):
+    model, tokenizer = load_model(llama, "cpu")
+    assert type(model) is transformers.LlamaForCausalLM
+    assert tokenizer.padding_side == "left"
+    rows = [{"prompt": "what color is two ?", "answer": "red"}] * 4
+    report = prune(model, collate(rows, tokenizer), method, sparsity=0.5)
+    assert {layer.name for layer in report.layers} == set(modality_map(model).layers)
+    save_sparse(model, tokenizer, tmp_path / "packed")
+    save_model(model, tokenizer, tmp_path / "ordinary")
+    for name in ("packed", "ordinary"):
+        loaded, loaded_tokenizer = load_model(tmp_path / name, "cpu")
+        expected = weights_of(model)
+        assert all(torch.equal(w, expected[k]) for k, w in weights_of(loaded).items())
+        assert loaded_tokenizer.padding_side == "left"
+
+
+def test_weights_that_came_from_gguf_are_ordinary(llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gguf"}
+    (llama / "config.json").write_text(json.dumps(config))
+    model, tokenizer = load_model(llama, "cpu")
+    model.config.quantization_config = {"quant_method": "gguf"}
+    save_sparse(model, tokenizer, tmp_path / "packed")
+    assert "quantization" not in (tmp_path / "packed/config.json").read_text()
+    assert load_model(tmp_path / "packed", "cpu")[0].dtype == torch.float32
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ValueError, match="a quantized model cannot be packed"):
+        save_sparse(model, tokenizer, tmp_path / "other")
+
+
+def test_gguf_weights_say_how_to_convert_them(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for name in (tmp_path, tmp_path / "a.gguf"):
+        with pytest.raises(ValueError, match=r"Convert them.*gguf_file='a.gguf'"):
+            load_model(name, "cpu")
+
+
+def test_what_is_no_folder_with_a_model(tmp_path):
+    with pytest.raises(ValueError, match="the folder has no config.json"):
+        load_model(tmp_path, "cpu")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match="is a file: give the folder"):
+        load_model(tmp_path / "a.txt", "cpu")
+
+
+def test_the_cause_of_an_error_stays(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError) as caught:
+        load_model(tmp_path, "cpu")
+    assert caught.value.__cause__ is not None

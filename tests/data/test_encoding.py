@@ -118,7 +118,7 @@ def test_the_processor_is_as_before_also_after_an_error(data, pad_token):
     before = stored_state(processor)
     encode([data[0][0]], processor)
     assert stored_state(processor) == before
-    with pytest.raises(ValueError, match="cannot read example 1"):
+    with pytest.raises(ValueError, match="example 1: .*Processor cannot read it"):
         encode([data[0][0], data[0][1] | {"image": "no image"}], processor)
     assert stored_state(processor) == before
 
@@ -137,7 +137,7 @@ def test_the_blip_family_takes_one_image(name, n):
     _, processor = tiny_models.TINY[name]()
     rows = tiny_models.examples(name, processor)
     rows[1]["image"] = [rows[1]["image"]] * n
-    expected = f"example 1 has {n} images, but .*Processor takes exactly one"
+    expected = f"example 1: it has {n} images, but .*Processor takes exactly one"
     with pytest.raises(ValueError, match=expected):
         collate(rows, processor)
 
@@ -147,7 +147,7 @@ def test_a_place_beside_that_of_the_processor_is_refused(name):
     _, processor = tiny_models.TINY[name]()
     rows = tiny_models.examples(name, processor)
     rows[2]["prompt"] = "<image> " + rows[2]["prompt"]
-    with pytest.raises(ValueError, match="example 2: the prompt contains '<image>'"):
+    with pytest.raises(ValueError, match="example 2: its prompt contains '<image>'"):
         collate(rows, processor)
 
 
@@ -164,7 +164,7 @@ def test_images_and_places_are_counted_in_each_example(name):
     rows = tiny_models.examples(name, processor)
     # as many images as places in the batch, but not in each example
     rows[0]["image"], rows[1]["image"] = rows[1]["image"], rows[0]["image"]
-    expected = "example 0 has 2 images, but its prompt has 1 place"
+    expected = "example 0: it has 2 images, but its prompt has 1 place"
     with pytest.raises(ValueError, match=expected):
         collate(rows, processor)
     rows[0]["image"] = [None]
@@ -206,7 +206,9 @@ def test_blip_2_without_query_tokens_does_not_answer_blindly():
     _, processor = tiny_models.TINY["BLIP-2, OPT"]()
     rows = tiny_models.examples("BLIP-2, OPT", processor)
     blind = Blip2Processor(processor.image_processor, processor.tokenizer)
-    expected = "example 0 has 1 images, but its prompt has no place.*num_query_tokens"
+    expected = (
+        "example 0: it has 1 images, but its prompt has no place.*num_query_tokens"
+    )
     with pytest.raises(ValueError, match=expected):
         collate(rows, blind)
 
@@ -280,7 +282,9 @@ def test_a_language_model_has_a_tokenizer_and_no_image(data):
         "<bos> what color is the shape ? blue <eos>",
         "<bos> color ? red <eos>",
     ]
-    with pytest.raises(ValueError, match="example 1 has an image, but .* tokenizer"):
+    with pytest.raises(
+        ValueError, match="example 1: it has an image, but .* is a tokenizer"
+    ):
         collate([rows[0], data[0][0]], tokenizer)
 
 

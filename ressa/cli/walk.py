@@ -59,7 +59,8 @@ def _make_folder(out, settings):
     "Make the folder, and mark an empty one with the settings. Raises `ValueError`."
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not any(out.iterdir()):
+        names = {path.name for path in out.iterdir()}
+        if names <= {"run.json.part"}:  # new, or killed as the settings were written
             write_json(out / "run.json", settings)
         if not os.access(out, os.W_OK):
             raise PermissionError(13, "not writable")
@@ -97,7 +98,7 @@ def load_tests(
     args: argparse.Namespace,  # with `data`, `split`, `config` and `limit`
     processor,  # the processor of the model
 ) -> list:  # questions and captions of easy-VQA, or one data set
-    "The examples to test on; a limit takes a random part of easy-VQA, or the first ones."
+    "The examples to test on; with a limit, a random part of easy-VQA or the first."
     if args.data != "easy-vqa":
         data = load_data(
             args.data,

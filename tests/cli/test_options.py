@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from ressa.cli import options
-from ressa.cli.options import check_options, pruning_target
+from ressa.cli.options import pruning_target, validate_options
 
 ALL = {
     option.flag: option
@@ -92,9 +92,9 @@ def test_the_target_of_pruning():
 )
 def test_numbers_that_make_no_sense(wrong, said):
     with pytest.raises(ValueError, match=said):
-        check_options(Namespace(**wrong))
+        validate_options(Namespace(**wrong))
 
 
 def test_what_is_not_given_is_not_checked():
-    check_options(Namespace())
-    check_options(Namespace(limit=None, lr=1e-4, distill_weight=0.0, steps=1))
+    validate_options(Namespace())
+    validate_options(Namespace(limit=None, lr=1e-4, distill_weight=0.0, steps=1))

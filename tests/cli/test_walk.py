@@ -26,6 +26,12 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     assert open_out(out, {"seed": 0}) == {"dense": 1}  # it had ended
 
 
+def test_killed_as_the_settings_were_written(tmp_path):
+    (tmp_path / "run.json.part").write_text('{"see')
+    assert open_out(tmp_path, {"seed": 0}) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty"):

@@ -78,7 +78,7 @@ LEFT_OUT = {  # name → why
     ),
     **dict.fromkeys(("main", "parse"), "given a command line, see cli/test_app"),
     **dict.fromkeys(
-        ("check_options", "pruning_target"),
+        ("validate_options", "pruning_target"),
         "given options of a command line, see cli/test_options",
     ),
     **dict.fromkeys(

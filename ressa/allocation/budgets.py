@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..parts import modality_map, per_layer
+from ..parts import linear_shape, modality_map, per_layer
 from ..pruning.masks import parse_pattern, validate_target
 from ..pruning.passes import blocks_of
 
@@ -234,7 +234,7 @@ def shapes_of(
     "The shapes of the prunable layers of some parts."
     linears = modality_map(model).linears
     return {
-        name: tuple(layer.weight.shape)
+        name: linear_shape(layer)
         for part in parts
         for name, layer in linears[part].items()
     }
@@ -277,7 +277,7 @@ def zeros_by_part(
     table = {}
     weights_of_all = zeros_of_all = 0
     for name, target in allocation.items():
-        shape = tuple(mmap.layers[name].weight.shape)
+        shape = linear_shape(mmap.layers[name])
         row = table.setdefault(mmap.part_of(name), {"weights": 0, "zeros": 0})
         row["weights"] += math.prod(shape)
         row["zeros"] += zeros_of(target, shape)

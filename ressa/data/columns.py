@@ -6,12 +6,26 @@
 __all__ = ['COLUMNS', 'TEXT_KEYS', 'find_columns', 'as_texts', 'standard_examples']
 
 # %% ../../nbs/reference/columns.ipynb #950e7ee8
+import io
+import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetInfo, Image, concatenate_datasets
+import PIL.Image
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetInfo,
+    Features,
+    Image,
+    concatenate_datasets,
+)
 from datasets.table import InMemoryTable
+from datasets.utils.file_utils import is_local_path
+from PIL import ImageOps
+from .pictures import as_rgb, converts_exactly
 from transformers import ProcessorMixin
 
 from .prompts import write_prompt
@@ -76,49 +90,152 @@ def find_columns(
 TEXT_KEYS = ("answer", "caption", "raw", "text")  # where a dictionary holds its text
 
 
+def _is_missing(value):
+    "Whether a cell is None or NaN, which pandas writes for it."
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _inner(feature, key=None):
+    "The type of the items of a list, or of one key of a dictionary; None if unknown."
+    if isinstance(feature, dict):
+        return feature.get(key)
+    if isinstance(feature, list):
+        return feature[0]
+    return getattr(feature, "feature", None)
+
+
 def as_texts(
-    value: Any,  # a text, a list or a dictionary of texts, or None
+    value: Any,  # a text, a whole number, a list or a dictionary of texts, or None
+    feature: Any = None,  # its type in `datasets`; numbers of a `ClassLabel` get names
 ) -> list[str]:
-    "Return the texts of a cell. Raises `ValueError` for a dictionary without any."
-    if value is None:
+    """Return the texts of a cell; None and NaN are none.
+
+    Raises `ValueError` for a dictionary without text, and for what is no text, such as
+    a number with a fraction or a date.
+    """
+    if _is_missing(value):
         return []
     if isinstance(value, dict):
         for key in TEXT_KEYS:
             if key in value:
-                return as_texts(value[key])
+                inner = _inner(feature, key)
+                # `datasets` turns a list of dictionaries into a dictionary of lists
+                return as_texts(value[key], inner or _inner(_inner(feature), key))
         raise ValueError(f"no text under {TEXT_KEYS} in {sorted(value)}")
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         texts = []
         for item in value:
-            texts.extend(as_texts(item))
+            texts.extend(as_texts(item, _inner(feature)))
         return texts
-    return [str(value)]
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(feature, ClassLabel):
+            return [feature.int2str(value)] if value >= 0 else []  # -1 is no label
+        return [str(value)]
+    raise ValueError(
+        f"{value!r} is no text ({type(value).__name__}): store it as the text that is "
+        "meant"
+    )
 
 # %% ../../nbs/reference/columns.ipynb #faaf4d4b
+_ASKS_FOR_CAPTION = re.compile("caption|describe|description", re.IGNORECASE)
+
+
 def _holds_captions(found, data):
-    "Whether a data set is one of captions, by its columns and its first example."
+    "Whether a data set is one of captions, by its columns and its questions."
     if "answers" not in found:
         return True
     if "captions" in found and "question" not in found:
         return True
-    # COCO has a question that is always the same, and a list of captions as `answer`
-    return found["answers"] == "answer" and isinstance(data[0]["answer"], list)
+    if found["answers"] != "answer" or not isinstance(data[0]["answer"], list):
+        return False
+    # COCO asks for a caption in all examples, and has a list of them as `answer`
+    questions = set(map(str, data[found["question"]][:])) if "question" in found else ()
+    return len(questions) == 1 and all(map(_ASKS_FOR_CAPTION.search, questions))
 
 # %% ../../nbs/reference/columns.ipynb #6b6b012b
+def _cells(data, column):
+    "The texts of each cell of a column. Raises `ValueError` that names the row."
+    feature = data.features[column]
+    cells = []
+    for row, cell in enumerate(data[column][:]):
+        try:
+            cells.append(as_texts(cell, feature))
+        except ValueError as error:
+            raise ValueError(f"row {row}, column {column!r}: {error}") from error
+    return cells
+
+
+def _is_blank(texts):
+    "Whether a cell holds no letter."
+    return not any(text.strip() for text in texts)
+
+
 def _references(data, column):
     "The texts of a column. Raises `ValueError` if an example has none."
-    references = [as_texts(cell) for cell in data[column][:]]
-    empty = sum(not texts for texts in references)
+    references = _cells(data, column)
+    empty = [row for row, texts in enumerate(references) if _is_blank(texts)]
     if empty:
         raise ValueError(
-            f"{empty} of {len(references)} examples have nothing in {column!r}, as in "
-            "the test split of a challenge: take another split"
+            f"{len(empty)} of {len(references)} examples have nothing in {column!r} "
+            f"(the first is row {empty[0]}), as in the test split of a challenge: take "
+            "another split, or remove these rows"
         )
     return references
+
+
+def _questions(data, column):
+    "The question of each example. Raises `ValueError` that names the row."
+    questions = []
+    for row, texts in enumerate(_cells(data, column)):
+        if _is_blank(texts):
+            raise ValueError(f"row {row}: its question (column {column!r}) is empty")
+        if len(texts) > 1:
+            raise ValueError(
+                f"row {row}: column {column!r} holds {len(texts)} texts, and an "
+                "example has one question: make one row of each"
+            )
+        questions.append(texts[0])
+    return questions
+
+
+def _kinds(data, column):
+    "The kind of question of each example; `question` where the column is empty."
+    kinds = []
+    for row, texts in enumerate(_cells(data, column)):
+        if len(texts) > 1:
+            raise ValueError(f"row {row}: column {column!r} holds {len(texts)} texts")
+        kinds.append("question" if _is_blank(texts) else texts[0])
+    return kinds
+
+
+def _image_ids(data, column):
+    "The id of each image; the number of its row where the column is empty."
+    ids = []
+    for row, value in enumerate(data[column][:]):
+        if isinstance(value, list | dict):
+            raise ValueError(f"row {row}: column {column!r} holds more than one id")
+        ids.append(f"row {row}" if _is_missing(value) or value == "" else str(value))
+    return ids
+
+
+def _prompts(questions, processor):
+    "Questions as prompts. Raises `ValueError` that names the row."
+    prompts = []
+    for row, question in enumerate(questions):
+        try:
+            prompts.append(write_prompt(question, processor))
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from error
+    return prompts
 
 # %% ../../nbs/reference/columns.ipynb #7f74753b
 def _image_files(paths, folder):
     "A data set of images in files. Raises `ValueError` if files are missing."
+    for row, path in enumerate(paths):
+        if not path:
+            raise ValueError(f"row {row}: it names no image file")
     files = [Path(folder) / path for path in paths]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -129,13 +246,50 @@ def _image_files(paths, folder):
     return Dataset.from_dict({"image": [str(file) for file in files]})
 
 
-def _has_images(images):
-    "Whether the first cell of the column `image` can be read as an image."
+def _undecoded(images, column):
+    "The column `image` as the bytes or paths of its files. Raises `ValueError`."
     try:
-        first = images.cast_column("image", Image(decode=False))[0]["image"]
-    except Exception:  # the column is of another type, which fails in many ways
-        return False
-    return first is not None
+        undecoded = images.cast_column("image", Image(decode=False))
+        undecoded[0]
+    except Exception as error:  # the column is of another type, in many ways
+        raise ValueError(f"column {column!r} holds no images") from error
+    return undecoded
+
+
+def _picture(cell):
+    "An image as its file holds it; None if the file lies on the hub."
+    if cell["bytes"] is not None:
+        return PIL.Image.open(io.BytesIO(cell["bytes"]))
+    if is_local_path(cell["path"]):
+        return PIL.Image.open(cell["path"])
+    return None
+
+
+def _repainted(cell):
+    "A PNG in RGB of an image that PIL would convert wrongly, or None for any other."
+    image = _picture(cell)
+    if image is None or converts_exactly(image):
+        return None
+    file = io.BytesIO()
+    as_rgb(ImageOps.exif_transpose(image)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def _all_repainted(undecoded, column):
+    "Images that PIL would convert wrongly: row → PNG. Raises `ValueError`."
+    changed = {}
+    for row, cell in enumerate(undecoded):
+        if cell["image"] is None:
+            raise ValueError(f"column {column!r} holds no images: row {row} is empty")
+        try:
+            repainted = _repainted(cell["image"])
+        except Exception as error:  # a broken file raises what it likes
+            raise ValueError(
+                f"row {row}: its image cannot be read: {error}. Repair or remove it."
+            ) from error
+        if repainted is not None:
+            changed[row] = repainted
+    return changed
 
 
 def _images(data, column, folder):
@@ -148,35 +302,44 @@ def _images(data, column, folder):
         images = images.rename_column(column, "image")
     if getattr(images.features["image"], "dtype", None) in ("string", "large_string"):
         images = _image_files(images["image"][:], folder)
-    if not _has_images(images):
-        raise ValueError(f"column {column!r} holds no images")
-    return images.cast_column("image", Image(mode="RGB"))
+    undecoded = _undecoded(images, column)
+    changed = _all_repainted(undecoded, column)
+    if changed:
+        cells = [changed.get(i, cell["image"]) for i, cell in enumerate(undecoded)]
+        features = Features({"image": Image(decode=False)})
+        undecoded = Dataset.from_dict({"image": cells}, features=features)
+    return undecoded.cast_column("image", Image(mode="RGB"))
 
 # %% ../../nbs/reference/columns.ipynb #da64dcec
 def _commonest(texts):
     "The text that occurs most often, the first of these if there are several."
-    return Counter(texts).most_common(1)[0][0]
+    return Counter(text for text in texts if text.strip()).most_common(1)[0][0]
 
 
 def _texts(data, found, captions, processor):
     "All columns of the examples but the image."
     if captions:
         references = _references(data, found.get("captions") or found["answers"])
-        questions = [""] * len(data)
-        answers = [texts[0] for texts in references]
+        questions = [""] * len(data)  # asks for a caption, see `write_prompt`
+        answers = [next(filter(str.strip, texts)) for texts in references]
         kinds = ["caption"] * len(data)
     else:
         references = _references(data, found["answers"])
-        questions = data[found["question"]][:]
+        questions = _questions(data, found["question"])
         answers = [_commonest(texts) for texts in references]
-        kinds = data[found["kind"]][:] if "kind" in found else ["question"] * len(data)
-    image_ids = data[found["image_id"]][:] if "image_id" in found else range(len(data))
+        kinds = ["question"] * len(data)
+        if "kind" in found:
+            kinds = _kinds(data, found["kind"])
+    if "image_id" in found:
+        image_ids = _image_ids(data, found["image_id"])
+    else:
+        image_ids = [str(row) for row in range(len(data))]
     return {
-        "prompt": [write_prompt(question, processor) for question in questions],
+        "prompt": _prompts(questions, processor),
         "answer": answers,
         "answers": references,
-        "question_type": [str(kind) for kind in kinds],
-        "image_id": [str(image_id) for image_id in image_ids],
+        "question_type": kinds,
+        "image_id": image_ids,
     }
 
 # %% ../../nbs/reference/columns.ipynb #baef4a95
@@ -190,8 +353,10 @@ def standard_examples(
 ) -> Dataset:  # columns image, prompt, answer, answers, question_type, image_id
     """Bring a data set to the columns that everything else reads.
 
-    Raises `ValueError` if the data set is empty, if a column that the task needs is not
-    found, if an example has no answer, or if images cannot be read.
+    Images of all modes become RGB, see `as_rgb`. Texts must be text, whole numbers or
+    class labels: nothing is guessed. Raises `ValueError` if the data set is empty or a
+    column that the task needs is not found, and, with the row, if an example has no
+    question, no answer or no image that can be read.
     """
     if not len(data):
         raise ValueError("the data set is empty")

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..data.collate import IGNORED, collate
 from ..data.encoding import ExampleError
 from ..data.prompts import end_token_ids, tokenizer_of
-from ..devices import input_device, to_device
+from ..devices import input_device, require_in_memory, to_device
 from .intervals import interval
 from .metrics import METRICS, cider, metric_of, references_of
 from ..models.inputs import check_batch, evaluation_mode, is_causal
@@ -188,6 +188,15 @@ def answer(
         raise ValueError("the data set is empty: nothing to answer")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+    for inner in model.modules():
+        # `generate` makes tensors on the device of its model's first weight
+        if hasattr(inner, "generate") and next(inner.parameters()).is_meta:
+            require_in_memory(
+                inner,
+                "answer",
+                "load the model so that the first weights of its language model are "
+                "not offloaded, or without device_map",
+            )
     if not hasattr(model, "generate"):
         raise ValueError(
             f"{type(model).__name__} cannot generate answers: a model with two towers, "

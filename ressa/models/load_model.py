@@ -6,13 +6,10 @@
 __all__ = ['OPENERS', 'set_up_tokenizer', 'load_checkpoint', 'load_model']
 
 # %% ../../nbs/reference/load_model.ipynb #87326ac5
-import re
 from pathlib import Path
 from pkgutil import resolve_name
 
 import torch
-from ..data.hub_access import cache_alone_if_unreachable
-from .weights import WeightError, load_whole
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -26,10 +23,12 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..data.hub_access import cache_alone_if_unreachable, is_hub_id
 from ..data.hub_errors import advice
 from ..data.prompts import tokenizer_of
 from ..devices import pick_device, pick_dtype
 from .bundled import load_bundled
+from .weights import WeightError, load_whole
 
 # %% ../../nbs/reference/load_model.ipynb #a5863780
 def set_up_tokenizer(
@@ -109,11 +108,6 @@ def _refuse_gguf(folder, file):
     )
 
 
-def _is_hub_id(name):
-    "Whether a name can be that of a repository, and not only that of a folder."
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
-
-
 def _check_place(name):
     "Raise `ValueError` if a name means neither a folder with a model nor a hub id."
     path = Path(name)
@@ -131,7 +125,7 @@ def _check_place(name):
         _refuse_gguf(path.parent, path)
     elif path.exists():
         raise ValueError(f"model {name}: is a file: give the folder of the model")
-    elif not _is_hub_id(str(name)):
+    elif not is_hub_id(str(name)):
         raise ValueError(f"model {name}: there is no such folder: check the path")
 
 

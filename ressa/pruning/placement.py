@@ -41,7 +41,10 @@ class StoredWeight:
         self.layer = layer
         self.key = key
         hook = getattr(layer, "_hf_hook", None)
-        self.weights_map: Any = getattr(hook, "weights_map", None)
+        hooks = getattr(hook, "hooks", [hook])  # of a sequence, which the model has
+        maps = [getattr(each, "weights_map", None) for each in hooks]
+        # no map that is empty: a module without weights of its own has such a one
+        self.weights_map: Any = next((each for each in maps if each), None)
         # All layers share what the map asks (`dataset`), which knows parameters by full
         # names; the map of one layer puts the layer's name (`prefix`) before "weight".
         self.loader: Any = getattr(self.weights_map, "dataset", None)

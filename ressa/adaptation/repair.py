@@ -26,7 +26,7 @@ from ressa.adaptation.adapters import (
     zeros_filled,
 )
 from .sparse_lora import DEFAULT_RANKS
-from .trainer import RessaArguments, RessaTrainer, check_training_data
+from .trainer import RessaArguments, RessaTrainer, require_training_data
 from ..devices import input_device, is_placed, require_in_memory
 from ..evaluation.answers import evaluate
 from ..files import last_whole_checkpoint
@@ -244,7 +244,7 @@ def repair(
     callbacks = [] if patience is None else [EarlyStoppingCallback(patience)]
     with _checkpoint_folder(folder) as checkpoints:
         args = RessaArguments(str(checkpoints), **settings)
-        check_training_data(teacher, args, data, watched)
+        require_training_data(teacher, args, data, watched)
         before = _score(model, held_out, processor)
         masks, device = zero_masks(model), input_device(model)
         start = time.perf_counter()

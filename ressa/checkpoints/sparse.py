@@ -374,7 +374,7 @@ def ordinary_tensors(
     folder = Path(folder)
     file_of = _files_of_tensors(folder)
     files = _open_files(folder, file_of.values())
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, file in file_of.items():
         try:
             tensors[name] = _OrdinaryTensor(name, files[file])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from PIL import Image
 
 import ressa
 from .results import NAMES, ROW_COLORS, ROWS, summary_rows, table_head, verdict
@@ -68,11 +69,11 @@ DRAWING_DPI = 110
 
 
 def picture_uri(
-    picture: Callable,  # a function that draws on a matplotlib figure, or a PIL image
+    picture: Callable | Image.Image,  # draws on a matplotlib figure; or an image
 ) -> str:  # "data:image/png;base64,…"
     "A drawing or an image as a `data:` URI, for the source of an HTML image."
     buffer = io.BytesIO()
-    if hasattr(picture, "save"):  # a PIL image
+    if isinstance(picture, Image.Image):
         picture.resize(EXAMPLE_SIZE).save(buffer, format="png")
     else:
         from matplotlib.figure import Figure

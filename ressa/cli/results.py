@@ -69,20 +69,31 @@ def measure(
 
     Raises `ValueError` if a data set is empty.
     """
-    options = {"batch_size": batch_size, "progress": progress}
     if len(tests) == 1:
-        (data,) = tests
         result = evaluate(
-            model, data, processor, max_new_tokens=LONGEST_ANSWER, **options
+            model,
+            tests[0],
+            processor,
+            batch_size=batch_size,
+            max_new_tokens=LONGEST_ANSWER,
+            progress=progress,
         )
         return plain_row(result) | {
             "metric": result.metric,
             "answers": result.answers[:ANSWERS_KEPT],
             "captions": [],
         }
-    questions, captions = tests
-    answered = evaluate(model, questions, processor, metric="exact match", **options)
-    captioned = evaluate(model, captions, processor, metric="exact match", **options)
+    answered, captioned = (
+        evaluate(
+            model,
+            data,
+            processor,
+            metric="exact match",
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for data in tests
+    )
     cider = captioned.cider()
     return plain_row(answered) | {
         "caption_exact": captioned.score,

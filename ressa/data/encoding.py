@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import PIL.Image
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .pictures import as_rgb
 from .prompts import reserved_tokens, tokenizer_of
 
 # %% ../../nbs/reference/encoding.ipynb #e974e69d
@@ -78,12 +80,14 @@ LENGTHS = (
 
 
 def _image_list(image):
-    "The images of an example as a list: none, one or several."
+    "The images of an example as a list: none, one or several, in RGB."
     if image is None:
         return []
-    if isinstance(image, list | tuple):
-        return list(image)
-    return [image]
+    images = image if isinstance(image, list | tuple) else [image]
+    return [
+        as_rgb(image) if isinstance(image, PIL.Image.Image) else image
+        for image in images
+    ]
 
 
 class ExampleError(ValueError):
@@ -258,7 +262,12 @@ def encode(
         )
     examples = list(examples)
     tokenizer_of(processor)  # an error if there is none
-    images = [_image_list(example.get("image")) for example in examples]
+    images = []
+    for i, example in enumerate(examples):
+        try:
+            images.append(_image_list(example.get("image")))
+        except ValueError as error:
+            raise ExampleError(i, str(error), example.get("prompt")) from error
     names = ("prompt", "answer") if answers else ("prompt",)
     _check_examples(examples, images, names, processor)
     with _padding_on_the_left(processor):

@@ -20,13 +20,14 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
-from .tables import read_csv, read_json_rows
+from datasets.packaged_modules.csv.csv import Csv
 from transformers import ProcessorMixin
 
 from .columns import standard_examples
 from .easy_vqa import load_easy_vqa
 from .hub_access import cache_alone_if_unreachable, is_hub_id
 from .hub_errors import advice
+from .tables import read_csv, read_json_rows
 from ..files import read_json
 
 # %% ../../nbs/reference/hub.ipynb #99263fb8
@@ -111,7 +112,7 @@ def _metadata_file(folder, split):
 
 def _csv_files(builder, split):
     "The files of a split if they are CSV on this machine, else None."
-    if type(builder).__name__ != "Csv":
+    if not isinstance(builder, Csv):
         return None
     files = builder.config.data_files.get(split.partition("[")[0], [])
     if not files or not all(Path(file).is_file() for file in files):

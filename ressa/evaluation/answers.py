@@ -19,7 +19,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..data.collate import IGNORED, collate
+from ..data.collate import GENERATE_TAKES_END_OFF, IGNORED, collate
 from ..data.encoding import ExampleError
 from ..data.prompts import end_token_ids, tokenizer_of
 from ..devices import input_device, require_in_memory, to_device
@@ -121,12 +121,11 @@ def without_prompt(
     """The generated ids without the prompt.
 
     A decoder-only model returns prompt and answer, an encoder–decoder the answer alone:
-    ids that do not begin with the prompt are returned as they are. BLIP takes the last
-    token off the prompt before it generates.
+    ids that do not begin with the prompt are returned as they are.
     """
-    for length in (prompt.shape[1], prompt.shape[1] - 1):
-        if length and torch.equal(generated[:, :length], prompt[:, :length]):
-            return generated[:, length:]
+    length = prompt.shape[1]
+    if torch.equal(generated[:, :length], prompt):
+        return generated[:, length:]
     return generated
 
 
@@ -159,7 +158,10 @@ def _generate(model, examples, processor, config):
     check_batch(model, batch)
     batch = to_device(batch, model.device)
     generated = model.generate(**batch, generation_config=config)
-    ids = without_prompt(generated, batch["input_ids"]).tolist()
+    prompt = batch["input_ids"]
+    if type(processor).__name__ in GENERATE_TAKES_END_OFF:
+        prompt = prompt[:, :-1]
+    ids = without_prompt(generated, prompt).tolist()
     ends = _ids_of(config.eos_token_id)
     # a decoder begins with a token that may be an end token as well
     ids = [_until_end(row, ends, first=0 if causal else 1) for row in ids]

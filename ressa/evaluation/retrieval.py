@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..devices import input_device, to_device
 from .metrics import references_of
+from ..models.inputs import caption_options, evaluation_mode
 
 # %% ../../nbs/reference/retrieval.ipynb #c8f135d9
 def recall_at(
@@ -80,14 +81,7 @@ def embed(
     batch_size: int = 64,  # images or texts at once; the vectors do not depend on it
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (images, width) and (texts, width)
     "The vectors of images and of texts, of length one: their products are cosines."
-    # SigLIP was trained on texts that are all padded to its full length.
-    is_siglip = "siglip" in model.config.model_type
-    text_options = dict(
-        padding="max_length" if is_siglip else True,
-        padding_side="right",
-        truncation=True,
-        return_tensors="pt",
-    )
+    text_options = caption_options(model)
     image_batches = (
         processor(images=group, return_tensors="pt")
         for group in _groups(images, batch_size)
@@ -96,10 +90,11 @@ def embed(
         processor(text=group, **text_options) for group in _groups(texts, batch_size)
     )
     device = input_device(model)
-    return (
-        _unit_vectors(image_batches, model.get_image_features, device),
-        _unit_vectors(text_batches, model.get_text_features, device),
-    )
+    with evaluation_mode(model):
+        return (
+            _unit_vectors(image_batches, model.get_image_features, device),
+            _unit_vectors(text_batches, model.get_text_features, device),
+        )
 
 # %% ../../nbs/reference/retrieval.ipynb #997931c5
 def retrieval(

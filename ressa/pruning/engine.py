@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..devices import input_device, to_device
+from ..models.inputs import check_batch
 from ressa.parts import (
     PARTS,
     ModalityMap,
@@ -143,23 +144,38 @@ class _Inputs:
         return found
 
 # %% ../../nbs/reference/engine.ipynb #8c7ccd70
+def _configs(model):
+    "Each configuration of a model, of its modules, and inside another, once."
+    todo = [getattr(module, "config", None) for module in model.modules()]
+    found = {}  # by identity: an encoder and a decoder may have equal ones
+    while todo:
+        config = todo.pop()
+        if isinstance(config, PretrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            todo += vars(config).values()
+    return list(found.values())
+
+
+def _uses_cache(config):
+    "Whether a configuration asks for keys and values to be kept for the next token."
+    return bool(getattr(config, "use_cache", None))
+
+
 @contextmanager
 def _evaluation_mode(model):
     "While the block runs, the model is in evaluation mode and without key-value cache."
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()  # the cache is a matter of the language part
-    was_training = model.training
-    used_cache = getattr(config, "use_cache", None)
+    training = {module: module.training for module in model.modules()}
+    used_cache = [config for config in _configs(model) if _uses_cache(config)]
     model.eval()
-    if used_cache is not None:
+    for config in used_cache:
         config.use_cache = False
     try:
         yield
     finally:
-        model.train(was_training)
-        if used_cache is not None:
-            config.use_cache = used_cache
+        for module, was_training in training.items():
+            module.training = was_training
+        for config in used_cache:
+            config.use_cache = True
 
 # %% ../../nbs/reference/engine.ipynb #a8a5656d
 @torch.no_grad()
@@ -428,6 +444,7 @@ def prune(
     target, method or option, before any weight changes.
     """
     require_bare(model, "pruning")
+    check_batch(model, batch)
     parts = modality_map(model)
     targets = layer_targets(parts, sparsity, pattern)
     batch = to_device(batch, input_device(model))

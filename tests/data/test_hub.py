@@ -186,7 +186,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, error, what_to_do):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(hub, "load_dataset", fail)
+    monkeypatch.setattr(hub, "load_dataset_builder", fail)
     with pytest.raises(ValueError, match=what_to_do) as caught:
         load_data("x/y", "validation")
     assert len(str(caught.value).splitlines()) == 1

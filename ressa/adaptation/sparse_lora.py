@@ -20,6 +20,14 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.lora import Linear as LoraLinear
+from ressa.adaptation.adapter_checks import (
+    KeepsMask,
+    check_lora_options,
+    check_masks,
+    check_patterns,
+    check_saved_modules,
+    chosen_layers,
+)
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -102,7 +110,10 @@ class _SparseLora(torch.autograd.Function):
             merged = _fast_masked_weight(weight, A, B * scale)
             if bias is not None:
                 bias = bias.to(x.dtype)
-            return F.linear(x, merged.to(x.dtype), bias)
+            y = F.linear(x, merged.to(x.dtype), bias)
+        # Of a batch of sequences, y is a view, which autograd would not let a model
+        # change in place (`y += …`); this is the same memory, and no view.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @once_differentiable
@@ -152,7 +163,7 @@ def sparse_lora_linear(
     return _SparseLora.apply(x, weight, bias, A, B, scale)
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #b8fe8655
-class SparseLoraLinear(LoraLinear):
+class SparseLoraLinear(KeepsMask, LoraLinear):
     """A PEFT LoRA layer whose update is masked by the zeros of its base weight.
 
     Dropout drops whole ranks of the update, where PEFT's layer drops entries of its
@@ -160,6 +171,14 @@ class SparseLoraLinear(LoraLinear):
     """
 
     base_layer: nn.Linear
+
+    def __init__(self, base_layer, adapter_name, config, **kwargs):
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self.record_mask()
+
+    def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
+        check_lora_options(config)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def _scale(self, name):
         "s of an adapter; in training with dropout one per rank, s/(1-p) or 0."
@@ -216,6 +235,7 @@ DEFAULT_RANKS = {"vision": 8, "language": 8, "interface": 4}
 class SparseLoraConfig(LoraConfig):
     """A `LoraConfig` whose rank and alpha may be given per part, layer or expression.
 
+    Every other option is obeyed as PEFT says, or refused, see `check_lora_options`.
     Raises `ValueError` for ranks below 1 and for options that cannot be masked.
     """
 
@@ -223,19 +243,16 @@ class SparseLoraConfig(LoraConfig):
         default_factory=DEFAULT_RANKS.copy
     )
     lora_alpha: int | float | dict = 16  # type: ignore[assignment]
+    masks: dict | None = None  # layer → `mask_record`; filled in with the adapter
 
     def __post_init__(self):
+        check_lora_options(self)
         given = self.r
-        ranks = [given] if isinstance(given, int) else list(given.values())
-        if not ranks or min(ranks) < 1:
-            raise ValueError(f"r must be 1 or more, not {given}")
-        self.r = max(ranks)  # PEFT's own checks take one number
+        # PEFT's own checks take one number
+        self.r = max(given.values()) if isinstance(given, dict) else given
         super().__post_init__()
         self.r = given
         self.peft_type = SPARSELORA
-        for name in ("use_dora", "lora_bias", "use_rslora", "fan_in_fan_out"):
-            if getattr(self, name):
-                raise ValueError(f"SparseLoRA does not support {name}: leave it off")
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #67c131c6
 def peft_targets(
@@ -280,15 +297,73 @@ def _check_layer(layer):
     raise ValueError(f"SparseLoRA adapts nn.Linear layers of floats, not this {kind}")
 
 
+def _choose_by_part(model, config):
+    "Fill in the layers, ranks and alphas of an adapter that is given by part."
+    if any(isinstance(module, SparseLoraLinear) for module in model.modules()):
+        raise ValueError(
+            "the model has an adapter already: merge it first, or give the second one "
+            "target_modules, and one number each for r and lora_alpha"
+        )
+    given_ranks = config.rank_pattern or {}
+    given_alphas = config.alpha_pattern or {}
+    targets = peft_targets(model, config.r, config.lora_alpha)
+    names = chosen_layers(model, config, sorted(targets["target_modules"]))
+    check_patterns(config, names)
+    if config.target_modules not in (None, "all-linear"):
+        left_dense = modality_map(model).left_dense
+        for name in chosen_layers(model, config):
+            if name in left_dense:
+                raise ValueError(
+                    f"target_modules: {name} stays dense ({left_dense[name]}), so r "
+                    "has no rank for its part: give one number for r"
+                )
+    config.r = targets["r"]
+    config.lora_alpha = targets["lora_alpha"]
+    config.target_modules = set(names)
+    # PEFT takes the first key that matches: what was given by name goes first.
+    chosen = {f"^{name}" for name in names}
+    for option, given in (
+        ("rank_pattern", given_ranks),
+        ("alpha_pattern", given_alphas),
+    ):
+        by_part = {key: n for key, n in targets[option].items() if key in chosen}
+        setattr(config, option, {**given, **by_part})
+    config.exclude_modules = None  # the names say it all
+    config.layers_to_transform = None
+    config.layers_pattern = None
+
+
 class SparseLoraModel(LoraModel):
     "PEFT's LoRA model with `SparseLoraLinear` layers and ranks by part."
 
     def _prepare_adapter_config(self, config, model_config):
-        if isinstance(config.r, dict) or not config.target_modules:
-            targets = peft_targets(self.model, config.r, config.lora_alpha)
-            for name, value in targets.items():
-                setattr(config, name, value)
+        check_lora_options(config)
+        check_saved_modules(self.model, config)
+        by_part = isinstance(config.r, dict) or isinstance(config.lora_alpha, dict)
+        if by_part or config.target_modules in (None, "all-linear"):
+            _choose_by_part(self.model, config)
+        names = chosen_layers(self.model, config)
+        check_patterns(config, names)
+        for name in names:
+            layer = self.model.get_submodule(name)
+            _check_layer(getattr(layer, "base_layer", layer))
+        if config.masks is not None:
+            check_masks(self.model, config.masks)
         return config
+
+    def _post_injection_hook(self, model, config, adapter_name):
+        if config.masks is None:
+            config.masks = {
+                name: layer.mask_record
+                for name, layer in model.named_modules()
+                if isinstance(layer, SparseLoraLinear) and adapter_name in layer.lora_A
+            }
+
+    def _check_merge_allowed(self):
+        super()._check_merge_allowed()
+        for layer in self.model.modules():  # all of them, before the first is merged
+            if isinstance(layer, SparseLoraLinear):
+                layer.check_mask()
 
     @staticmethod
     def _create_new_module(config, adapter_name, target, *, r, lora_alpha, **kwargs):

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['HELD_OUT_SHARE', 'hold_out', 'without_pictures_of', 'count_seen']
 
-# %% ../../nbs/reference/held_out.ipynb #8561a6d2
+# %% ../../nbs/reference/held_out.ipynb #bef9858a
+import hashlib
+
 from datasets import Dataset, Image
 
 from .pictures import picture_key
 
-# %% ../../nbs/reference/held_out.ipynb #6360b162
+# %% ../../nbs/reference/held_out.ipynb #593ffd11
 def _picture_keys(data):
     "One text for each example; equal for equal pictures."
     undecoded = data.select_columns(["image"]).cast_column("image", Image(decode=False))
@@ -18,7 +20,9 @@ def _picture_keys(data):
     keys = []
     for row, cell in enumerate(undecoded):
         file = cell["image"]["bytes"] or cell["image"]["path"]
-        identity = hash(file) if isinstance(file, bytes) else file
+        identity = file
+        if isinstance(file, bytes):
+            identity = hashlib.sha256(file).digest()
         if identity not in key_of_file:
             key_of_file[identity] = picture_key(data[row]["image"])
         keys.append(key_of_file[identity])

@@ -6,12 +6,14 @@
 __all__ = ['layer_targets', 'input_statistics', 'HalfPrunedError', 'prune_layers', 'prune']
 
 # %% ../../nbs/reference/engine.ipynb #bb0786fe
+import inspect
 import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,6 +39,7 @@ from ressa.pruning.passes import (
     in_pieces,
     inputs_of,
     number_of_examples,
+    picture_counts,
     shared_inputs,
     take_examples,
 )
@@ -91,6 +94,80 @@ def layer_targets(
             raise ValueError(f"{name}: {error}") from None
     return targets
 
+# %% ../../nbs/reference/engine.ipynb #2bd9c281
+# Arguments by which an attention is handed what another part or stack has made
+_FROM_OUTSIDE = (
+    "encoder_hidden_states",
+    "cross_attention_states",
+    "key_value_states",
+    "image_hidden_states",
+)
+
+
+class _Masks:
+    "Which inputs of a layer are padding."
+
+    def __init__(self, batch, model):
+        configs = [] if model is None else _configs(model)
+        self.has_two_stacks = any(
+            getattr(config, "is_encoder_decoder", False) for config in configs
+        )
+        self.is_token = self._as_bool(batch.get("attention_mask"))
+        self.is_answer = self._as_bool(batch.get("decoder_attention_mask"))
+        if self.is_answer is None and isinstance(batch.get("labels"), torch.Tensor):
+            self.is_answer = batch["labels"] != -100
+        self.masked_part = "vision" if "flattened_patches" in batch else "language"
+        names = [] if model is None else [name for name, _ in model.named_modules()]
+        # without one, what a decoder's cross-attention reads is a picture
+        self.encodes_text = self.has_two_stacks and any(
+            path.endswith(("language_model.encoder", "encoder.text_model"))
+            for path in names
+        )
+        self.from_outside: dict[int, torch.Tensor] = {}  # address of memory → tensor
+
+    @staticmethod
+    def _as_bool(mask):
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return None
+        return mask.bool()
+
+    def mask_of(self, name, part, x) -> torch.Tensor | None:  # (examples, tokens)
+        "The mask of the input `x` of a layer; None if it has no padding."
+        if part not in ("language", self.masked_part):
+            return None
+        if x.untyped_storage().data_ptr() in self.from_outside:
+            of_encoder = self.encodes_text or self.masked_part == "vision"
+            return self.is_token if of_encoder else None
+        if self.has_two_stacks and "decoder" in name.split("."):
+            return self.is_answer
+        return self.is_token if part == self.masked_part else None
+
+    @contextmanager
+    def watched(self, model, layers):
+        "While the block runs, note what the attentions are handed from outside."
+        parents = {name.rpartition(".")[0] for name in layers}
+        hooks = []
+        for parent in parents:
+            module = model.get_submodule(parent)
+            names = list(inspect.signature(module.forward).parameters)
+            hook = partial(self._note, names)
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.from_outside.clear()
+
+    def _note(self, names, module, args, kwargs):
+        "Remember the arguments that come from outside."
+        given = dict(zip(names, args)) | kwargs
+        for name in _FROM_OUTSIDE:
+            value = given.get(name)
+            if isinstance(value, torch.Tensor):
+                # the tensor is held, so that its memory is not given to another one
+                self.from_outside[value.untyped_storage().data_ptr()] = value
+
 # %% ../../nbs/reference/engine.ipynb #p1engA
 class _Inputs:
     "Measures the inputs of layers: what the method needs of them, without padding."
@@ -100,18 +177,17 @@ class _Inputs:
         method: Method,
         batch: dict,  # its attention mask says which tokens are padding
         part_of: Callable[[str], str],  # layer name → part
+        model: nn.Module | None = None,  # tells whether it has a decoder of its own
     ):
-        mask = batch.get("attention_mask")
         self.method = method
         self.part_of = part_of
-        self.is_token = None if mask is None else mask.bool()  # (examples, tokens)
+        self.masks = _Masks(batch, model)
         self._statistics_of = WeakTensorKeyDictionary()  # input → its statistics
 
     def tokens(self, name, x, examples=slice(None)):
         "What layer `name` is given for some examples, without padding."
-        if self.is_token is None or self.part_of(name) == "vision":
-            return x
-        return real_tokens(x, self.is_token[examples])
+        mask = self.masks.mask_of(name, self.part_of(name), x)
+        return x if mask is None else real_tokens(x, mask[examples])
 
     def statistics(self, name, x) -> Statistics:
         "The statistics of the input `x` of layer `name` for all examples."
@@ -188,15 +264,15 @@ def input_statistics(
     require_bare(model, "measuring inputs")
     parts = modality_map(model)
     batch = to_device(batch, input_device(model))
-    inputs = _Inputs(method_of(method), batch, parts.part_of)
-    with _evaluation_mode(model):
+    inputs = _Inputs(method_of(method), batch, parts.part_of, model)
+    with _evaluation_mode(model), inputs.masks.watched(model, parts.layers):
         return inputs.statistics_of_all(model, batch, parts.layers)
 
 # %% ../../nbs/reference/engine.ipynb #2dbe6656
-def _block_of(model, layers) -> dict[str, str]:
+def _block_of(model, layers, called=None) -> dict[str, str]:
     "The block that each layer lies in, by the layer's name."
     block_of: dict[str, str] = {}
-    for block, names in blocks_of(model, layers).items():
+    for block, names in blocks_of(model, layers, called).items():
         block_of |= dict.fromkeys(names, block)
     return block_of
 
@@ -326,16 +402,25 @@ def _prune_in_pieces(pruner, groups, micro_batch, recompute):
             inside[block].append(group)
 
     def prune_block(block, forward, pieces):
-        if recompute == "block":
-            _prune_together(pruner, inside[block], forward, pieces)
-        else:
-            for group in inside[block]:
+        # a block that is called again is pruned already
+        groups = [group for group in inside[block] if group[0] not in pruner.done]
+        if recompute == "group":
+            for group in groups:
                 _prune_together(pruner, [group], forward, pieces)
+        elif groups:
+            _prune_together(pruner, groups, forward, pieces)
 
     n = number_of_examples(pruner.batch)
     with (
         _prune_before_call(pruner, outside),
-        in_pieces(pruner.model, inside, n, micro_batch, prune_block),
+        in_pieces(
+            pruner.model,
+            inside,
+            n,
+            micro_batch,
+            prune_block,
+            picture_counts(pruner.batch),
+        ),
     ):
         pruner.model(**pruner.batch)
 
@@ -405,10 +490,15 @@ def prune_layers(
     layers = {name: layers[name] for name in targets}
     for name, layer in layers.items():
         StoredWeight(layer).require_place(name)
-    inputs = _Inputs(method_of(method), batch, part_of)
+    inputs = _Inputs(method_of(method), batch, part_of, model)
     bar = tqdm(total=len(layers), desc="prune", unit="layer", disable=not progress)
     pruner = _Pruner(model, batch, layers, targets, inputs, options, bar)
-    with bar, _evaluation_mode(model), _said_if_half_pruned(pruner):
+    with (
+        bar,
+        _evaluation_mode(model),
+        _said_if_half_pruned(pruner),
+        inputs.masks.watched(model, layers),
+    ):
         if dense_statistics:
             _prune_on_dense_inputs(pruner, _groups(model, batch, layers))
         elif micro_batch is not None:

@@ -227,7 +227,7 @@ class _WithRessaLoss(_MeansLogged):
         loss = ressa_loss(task, divergence, weight) * step.processes
         return (loss, outputs) if return_outputs else loss
 
-# %% ../../nbs/reference/trainer.ipynb #7e406de8
+# %% ../../nbs/reference/trainer.ipynb #89c4a63e
 def _as_teacher(teacher, model, device):
     "The teacher as a function of student and batch; a model is wrapped."
     if isinstance(teacher, SelfTeacher) and not isinstance(model, PeftModel):
@@ -246,7 +246,7 @@ def _check_processor(processor, model, examples, causal):
     if hasattr(examples, "__len__"):  # a stream may be read only once
         check_batch(model, collate([examples[0]], processor, causal=causal))
 
-
+# %% ../../nbs/reference/trainer.ipynb #7e406de8
 class RessaTrainer(_WithRessaLoss):
     """A `Trainer` with the RESSA loss, (1−λ)·CE + λ·T²·KL(teacher‖student).
 

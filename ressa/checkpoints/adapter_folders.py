@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from ..models.weights import check_weights
+from ..models.weights import require_whole
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -59,7 +59,7 @@ def _with_adapter(model, folder):
         "unexpected_keys": stored - expected,
         "mismatched_keys": (),
     }
-    check_weights(adapted, loading_info, folder)
+    require_whole(adapted, loading_info, folder)
     return adapted
 
 

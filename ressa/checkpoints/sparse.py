@@ -460,7 +460,7 @@ def _model_class(config, folder):
 
 def _build(config, tensors, device, folder):
     "A model of this configuration with exactly these weights. Raises `ValueError`."
-    from ressa.models.weights import check_weights
+    from ressa.models.weights import require_whole
 
     model, loading_info = _model_class(config, folder).from_pretrained(
         None,
@@ -471,7 +471,7 @@ def _build(config, tensors, device, folder):
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    check_weights(model, loading_info, folder)
+    require_whole(model, loading_info, folder)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in tensors and tensor.dtype != tensors[name].dtype:
             tensor.data = tensors[name].read().to(device)

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..devices import input_device, to_device
+from ..devices import input_device, is_placed, to_device
 from ..models.inputs import check_batch
 from ressa.parts import (
     PARTS,
@@ -34,14 +34,18 @@ from ressa.parts import (
 from .masks import sparsity_of, validate_target
 from .methods import Method, method_of, prune_weights, target_keywords
 from ressa.pruning.passes import (
+    Reached,
     before_first_call,
     blocks_of,
+    first_example,
     in_pieces,
     inputs_of,
+    leaving_at_head,
+    leaving_when_called,
+    noting_calls,
     number_of_examples,
     picture_counts,
     shared_inputs,
-    take_examples,
 )
 from .placement import StoredWeight
 from .report import LayerReport, PruneReport, estimated_error
@@ -164,7 +168,8 @@ class _Masks:
         given = dict(zip(names, args)) | kwargs
         for name in _FROM_OUTSIDE:
             value = given.get(name)
-            if isinstance(value, torch.Tensor):
+            own = given.get(names[0]) if names else None
+            if isinstance(value, torch.Tensor) and value is not own:
                 # the tensor is held, so that its memory is not given to another one
                 self.from_outside[value.untyped_storage().data_ptr()] = value
 
@@ -202,7 +207,10 @@ class _Inputs:
         def measure(name, layer, x):
             found[name] = self.statistics(name, x)
 
-        with before_first_call(layers, measure):
+        with (
+            before_first_call(layers, measure),
+            leaving_when_called(model, layers),
+        ):
             model(**batch)
         return found
 
@@ -277,22 +285,40 @@ def _block_of(model, layers, called=None) -> dict[str, str]:
     return block_of
 
 
-def _groups(model, batch, layers) -> list[list[str]]:
-    "Layers of one block that read the very same input, in the order of the pass."
-    n = number_of_examples(batch)
-    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
-    if all(len(tensor) == n for tensor in tensors):
-        batch = take_examples(dict(batch), n, 0, 1)
-    block_of = _block_of(model, layers)
+def _readers(model, batch, layers):
+    "Layers that read the same input, and the names of the modules that a pass calls."
+    ids = (
+        getattr(config, name, None)
+        for config in _configs(model)
+        for name in ("image_token_id", "image_token_index")
+    )
+    picture_token = next((i for i in ids if isinstance(i, int)), None)
+    one = first_example(batch, picture_token)
+    with noting_calls(model) as called:
+        if one is not None:
+            try:
+                return shared_inputs(model, one, layers), called
+            except Exception:  # the model does not take this example alone
+                called.clear()
+        return shared_inputs(model, batch, layers), called
+
+
+def _survey(model, batch, layers) -> tuple[list[list[str]], dict[str, str]]:
+    """Layers of one block that read the very same input, in the order of the pass.
+
+    And the block of each layer, by the layer's name.
+    """
+    all_readers, called = _readers(model, batch, layers)
+    block_of = _block_of(model, layers, called)
     groups: list[list[str]] = []
-    for readers in shared_inputs(model, batch, layers):
+    for readers in all_readers:
         in_block = defaultdict(list)
         for name in readers:
             in_block[block_of[name]].append(name)
         groups += in_block.values()
     # Other examples may reach layers that this one does not, such as an expert's.
     met = {name for group in groups for name in group}
-    return groups + [[name] for name in layers if name not in met]
+    return groups + [[name] for name in layers if name not in met], block_of
 
 # %% ../../nbs/reference/engine.ipynb #fe0e605a
 @dataclass
@@ -309,6 +335,11 @@ class _Pruner:
     report: PruneReport = field(default_factory=PruneReport)
     done: set[str] = field(default_factory=set)  # names, pruned or left dense
     replaced: list[str] = field(default_factory=list)  # layers with a new weight
+
+    def leave_if_done(self):
+        "Leave the pass if all layers are done: logits and loss are not needed."
+        if len(self.done) == len(self.layers) and not is_placed(self.model):
+            raise Reached
 
     def prune_group(self, names, stats, started):
         "Prune layers whose input has these statistics; `started` is on the clock."
@@ -364,6 +395,7 @@ def _prune_before_call(pruner, groups):
             started = time.perf_counter()
             stats = pruner.inputs.statistics(name, x)
             pruner.prune_group(group_of[name], stats, started)
+        pruner.leave_if_done()
 
     layers = {name: pruner.layers[name] for name in group_of}
     return before_first_call(layers, prune_its_group)
@@ -389,9 +421,8 @@ def _prune_together(pruner, groups, forward, pieces):
             pruner.prune_group(group, statistics[group[0]], started)
 
 
-def _prune_in_pieces(pruner, groups, micro_batch, recompute):
+def _prune_in_pieces(pruner, groups, block_of, micro_batch, recompute):
     "One pass over the model in which each block takes a few examples at a time."
-    block_of = _block_of(pruner.model, pruner.layers)
     outside = []  # groups that lie in no block
     inside = defaultdict(list)  # block → its groups
     for group in groups:
@@ -409,6 +440,7 @@ def _prune_in_pieces(pruner, groups, micro_batch, recompute):
                 _prune_together(pruner, [group], forward, pieces)
         elif groups:
             _prune_together(pruner, groups, forward, pieces)
+        pruner.leave_if_done()
 
     n = number_of_examples(pruner.batch)
     with (
@@ -500,16 +532,19 @@ def prune_layers(
         inputs.masks.watched(model, layers),
     ):
         if dense_statistics:
-            _prune_on_dense_inputs(pruner, _groups(model, batch, layers))
+            groups, _ = _survey(model, batch, layers)
+            _prune_on_dense_inputs(pruner, groups)
         elif micro_batch is not None:
-            groups = _groups(model, batch, layers)
-            _prune_in_pieces(pruner, groups, micro_batch, recompute)
+            groups, block_of = _survey(model, batch, layers)
+            with leaving_at_head(model, layers):
+                _prune_in_pieces(pruner, groups, block_of, micro_batch, recompute)
         else:
             # Groups cost a pass of their own, and only a stacked method gains by them:
             # single layers with a common input share its statistics anyway.
-            stacked = inputs.method.stacked
-            groups = _groups(model, batch, layers) if stacked else [[n] for n in layers]
-            with _prune_before_call(pruner, groups):
+            groups = [[name] for name in layers]
+            if inputs.method.stacked:
+                groups, _ = _survey(model, batch, layers)
+            with _prune_before_call(pruner, groups), leaving_at_head(model, layers):
                 model(**batch)
     for name in layers:
         if name not in pruner.done:

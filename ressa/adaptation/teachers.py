@@ -24,7 +24,7 @@ from ressa.adaptation.distillation import (
 )
 from ..data.collate import collate
 from ..devices import input_device, require_in_memory, to_device
-from ..models.inputs import check_batch, is_causal
+from ..models.inputs import require_matching_batch, is_causal
 from ..parts import modality_map
 from ..pruning.placement import stored_parameters
 
@@ -213,7 +213,7 @@ def _ask(_, numbers, data, teacher, processor, k, temperature):
     causal = is_causal(teacher.model)
     examples = [data[i] for i in numbers]
     batch = collate(examples, processor, causal=causal)
-    check_batch(teacher.model, batch)
+    require_matching_batch(teacher.model, batch)
     batch = to_device(batch, input_device(teacher.model))
     labels = batch["labels"]
     if causal:  # an encoder-decoder makes its decoder's inputs of them

@@ -34,7 +34,7 @@ from ressa.adaptation.teachers import (
 )
 from ..data.collate import collate
 from ..devices import is_placed, require_in_memory
-from ..models.inputs import check_batch, is_causal
+from ..models.inputs import require_matching_batch, is_causal
 
 # %% ../../nbs/reference/trainer.ipynb #2849e786
 class _QuietProgress(ProgressCallback):
@@ -244,7 +244,7 @@ def _as_teacher(teacher, model, device):
 def _check_processor(processor, model, examples, causal):
     "Raises `ValueError` unless a batch of the first example fits the model."
     if hasattr(examples, "__len__"):  # a stream may be read only once
-        check_batch(model, collate([examples[0]], processor, causal=causal))
+        require_matching_batch(model, collate([examples[0]], processor, causal=causal))
 
 # %% ../../nbs/reference/trainer.ipynb #7e406de8
 class RessaTrainer(_WithRessaLoss):

@@ -25,7 +25,7 @@ from ..data.prompts import end_token_ids, tokenizer_of
 from ..devices import input_device, require_in_memory, to_device
 from .intervals import interval
 from .metrics import METRICS, cider, metric_of, references_of
-from ..models.inputs import check_batch, evaluation_mode, is_causal
+from ..models.inputs import require_matching_batch, evaluation_mode, is_causal
 
 # %% ../../nbs/reference/answers.ipynb #8638f1da
 # What a stored generation configuration is asked for: it belongs to the vocabulary.
@@ -155,7 +155,7 @@ def _generate(model, examples, processor, config):
     "The answers of a model to examples, as it writes them."
     causal = is_causal(model)
     batch = collate(examples, processor, answers=False, causal=causal)
-    check_batch(model, batch)
+    require_matching_batch(model, batch)
     batch = to_device(batch, model.device)
     generated = model.generate(**batch, generation_config=config)
     prompt = batch["input_ids"]

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..devices import input_device, is_placed, to_device
-from ..models.inputs import check_batch
+from ..models.inputs import require_matching_batch
 from ressa.parts import (
     PARTS,
     ModalityMap,
@@ -569,7 +569,7 @@ def prune(
     target, method or option, before any weight changes.
     """
     require_bare(model, "pruning")
-    check_batch(model, batch)
+    require_matching_batch(model, batch)
     parts = modality_map(model)
     targets = layer_targets(parts, sparsity, pattern)
     batch = to_device(batch, input_device(model))

@@ -333,10 +333,10 @@ def vqav2(tmp_path_factory):
         dict(answer=text, answer_confidence="yes", answer_id=k)
         for k, text in enumerate(given)
     ]
-    for split in ("train", "validation"):
+    for split, first in {"train": 0, "validation": 100}.items():
         rows = [
             dict(
-                image=picture(20, 24, i),
+                image=picture(20, 24, first + i),
                 question="what color is the shape ?",
                 answer_type="other",
                 image_id=i,

@@ -57,7 +57,6 @@ def test_what_has_no_recall_is_refused(similarity, image_of, message):
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP"])
 def test_vectors_are_those_the_model_compares(name, tmp_path):
     model, processor = tiny(name, tmp_path)
-    processor.tokenizer.model_max_length = 12
     images = [picture(20, 20, seed) for seed in range(3)]
     texts = ["red circle", "blue square", "a picture of two"]
     image_vectors, text_vectors = embed(model, processor, images, texts, batch_size=2)
@@ -67,6 +66,7 @@ def test_vectors_are_those_the_model_compares(name, tmp_path):
         padding="max_length" if name == "SigLIP" else True,
         padding_side="right",
         truncation=True,
+        max_length=model.config.text_config.max_position_embeddings,
         return_tensors="pt",
     )
     with torch.no_grad():
@@ -74,6 +74,23 @@ def test_vectors_are_those_the_model_compares(name, tmp_path):
     torch.testing.assert_close(image_vectors, output.image_embeds, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(text_vectors, output.text_embeds, atol=1e-5, rtol=1e-5)
     assert embed(model, processor, images)[1].shape[0] == 0  # no texts, no vectors
+
+
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP"])
+def test_neither_stored_padding_nor_training_mode_changes_vectors(name, tmp_path):
+    model, processor = tiny(name, tmp_path)
+    images = [picture(20, 20, seed) for seed in range(2)]
+    texts = ["red circle", "a picture of two blue shape"]
+    want = embed(model, processor, images, texts)
+    processor.tokenizer.padding_side = "left"
+    processor.tokenizer.model_max_length = 3
+    processor.text_kwargs = dict(padding="max_length", max_length=3, truncation=True)
+    for layer in model.modules():
+        if hasattr(layer, "dropout") and isinstance(layer.dropout, float):
+            layer.dropout = 0.5
+    model.train()
+    got = embed(model, processor, images, texts)
+    assert all(torch.equal(a, b) for a, b in zip(got, want)) and model.training
 
 
 def test_examples_of_one_image_are_one_image(tmp_path):

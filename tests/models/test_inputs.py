@@ -4,10 +4,21 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from datasets import Dataset
 
-from ressa.data.collate import IGNORED
+from ressa.adaptation.teachers import cache_targets
+from ressa.adaptation.trainer import RessaArguments, RessaTrainer
+from ressa.data.collate import IGNORED, collate
 from ressa.data.prompts import write_prompt
-from ressa.models.inputs import has_towers, is_causal, model_batch
+from ressa.evaluation.answers import answer
+from ressa.models.inputs import (
+    require_matching_batch,
+    evaluation_mode,
+    has_towers,
+    is_causal,
+    model_batch,
+)
+from ressa.pruning.engine import prune
 
 ENCODER_DECODERS = ("InstructBLIP, T5", "BLIP-2, T5")
 
@@ -25,10 +36,10 @@ def built(name):
 
 def examples_for(processor):
     examples = []
-    for i, answer in enumerate(("red", "a picture of two")):
+    for i, reply in enumerate(("red", "a picture of two")):
         prompt = write_prompt("what color is the shape ?", processor)
         image = tiny_models.picture(16, 16, i)
-        examples.append({"image": image, "prompt": prompt, "answer": answer})
+        examples.append({"image": image, "prompt": prompt, "answer": reply})
     return examples
 
 
@@ -65,3 +76,67 @@ def test_siglip_pads_captions_to_one_length():
     length = model_batch(model, examples, processor)["input_ids"].shape[1]
     alone = model_batch(model, examples[:1], processor)["input_ids"].shape[1]
     assert length == alone == processor.tokenizer.model_max_length
+
+
+DOORS = {
+    "model_batch": lambda model, rows, processor, folder: model_batch(
+        model, list(rows), processor
+    ),
+    "answer": lambda model, rows, processor, folder: answer(model, rows, processor),
+    "prune": lambda model, rows, processor, folder: prune(
+        model, collate(list(rows), processor), sparsity=0.5, progress=False
+    ),
+    "cache_targets": lambda model, rows, processor, folder: cache_targets(
+        model, rows, processor, folder / "targets.arrow"
+    ),
+    "train": lambda model, rows, processor, folder: RessaTrainer(
+        model,
+        RessaArguments(str(folder), distill_weight=0, use_cpu=True),
+        processor=processor,
+        train_dataset=rows,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["BLIP-2, OPT", "InstructBLIP, Llama"])
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("n", [3, 5])
+def test_a_processor_with_other_images_is_refused_everywhere(name, door, n, tmp_path):
+    "BLIP-2 drops the last vectors of an image for which there is no place."
+    model, processor = built(name)
+    rows = Dataset.from_list(examples_for(processor))
+    processor.num_query_tokens = n
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    expected = f"has {n} places for an image, but the model expects 4 .*tokens = 4"
+    with pytest.raises(ValueError, match=expected):
+        DOORS[door](model, rows, processor, tmp_path)
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, before[key])
+
+
+@pytest.mark.parametrize("name", tiny_models.GENERATING)
+def test_the_own_processor_of_each_class_fits(name):
+    model, processor = built(name)
+    require_matching_batch(
+        model, collate(tiny_models.examples(name, processor), processor)
+    )
+
+
+def test_a_token_that_the_model_does_not_know_is_refused():
+    model, _ = built("LLaVA")
+    known = model.get_input_embeddings().weight.shape[0]
+    require_matching_batch(model, {"input_ids": torch.tensor([[known - 1]])})
+    require_matching_batch(model, {"pixel_values": torch.zeros(1)})
+    with pytest.raises(ValueError, match=f"id {known}, but the model knows {known}"):
+        require_matching_batch(model, {"input_ids": torch.tensor([[known]])})
+
+
+def test_modes_come_back_one_by_one():
+    model, _ = built("LLaVA")
+    model.train()
+    model.model.vision_tower.eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError), evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == before

@@ -24,7 +24,7 @@ from ressa.adaptation.distillation import (
 )
 from ..data.collate import collate
 from ..devices import input_device, require_in_memory, to_device
-from ..models.inputs import require_matching_batch, is_causal
+from ..models.inputs import is_causal, require_matching_batch
 from ..parts import modality_map
 from ..pruning.placement import stored_parameters
 

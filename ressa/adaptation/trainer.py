@@ -34,7 +34,7 @@ from ressa.adaptation.teachers import (
 )
 from ..data.collate import collate
 from ..devices import is_placed, require_in_memory
-from ..models.inputs import require_matching_batch, is_causal
+from ..models.inputs import is_causal, require_matching_batch
 
 # %% ../../nbs/reference/trainer.ipynb #2849e786
 class _QuietProgress(ProgressCallback):

@@ -25,7 +25,7 @@ from ..data.prompts import end_token_ids, tokenizer_of
 from ..devices import input_device, require_in_memory, to_device
 from .intervals import interval
 from .metrics import METRICS, cider, metric_of, references_of
-from ..models.inputs import require_matching_batch, evaluation_mode, is_causal
+from ..models.inputs import evaluation_mode, is_causal, require_matching_batch
 
 # %% ../../nbs/reference/answers.ipynb #8638f1da
 # What a stored generation configuration is asked for: it belongs to the vocabulary.

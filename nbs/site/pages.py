@@ -11,15 +11,27 @@ COURSE = sorted((NBS / "course").glob("[0-9]*.ipynb"))
 STUDIES = sorted((NBS / "studies").glob("*.ipynb"))
 # The reference, in the order of the library: what a package needs comes before it.
 REFERENCE_ORDER = {
-    "Models and parts": ["load_model", "bundled", "real", "inputs", "parts", "devices"],
+    "Models and parts": [
+        "load_model",
+        "weights",
+        "bundled",
+        "real",
+        "inputs",
+        "parts",
+        "devices",
+    ],
     "Data": [
         "easy_vqa",
         "hub",
         "columns",
+        "tables",
+        "pictures",
+        "held_out",
         "prompts",
         "conversations",
         "collate",
         "hub_errors",
+        "hub_access",
     ],
     "Evaluation": ["answers", "metrics", "intervals", "retrieval", "lmms_eval"],
     "Pruning": [
@@ -35,7 +47,13 @@ REFERENCE_ORDER = {
     ],
     "Allocation": ["budgets", "rules", "search"],
     "Adaptation": ["repair", "adapters", "teachers", "trainer"],
-    "Checkpoints": ["packing", "sparse_checkpoints", "semi_structured", "files"],
+    "Checkpoints": [
+        "packing",
+        "sparse_checkpoints",
+        "adapter_folders",
+        "semi_structured",
+        "files",
+    ],
     "Command": [],  # whatever begins with `command`, and results and report
     "Course": ["figures", "palette", "explorers", "checking", "studies", "bench"],
 }

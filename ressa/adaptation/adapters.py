@@ -19,7 +19,7 @@ from ressa.adaptation.sparse_lora import (
     peft_targets,
 )
 from ..devices import require_in_memory
-from ..parts import PARTS, modality_map
+from ..parts import PARTS, modality_map, require_bare
 from ..pruning.masks import apply_mask
 from ..pruning.placement import StoredWeight
 
@@ -60,8 +60,8 @@ def zeros_filled(
     return filled
 
 # %% ../../nbs/reference/adapters.ipynb #792e6c84
-def _masked_gradient(weight, gradient):
-    return torch.where(weight != 0, gradient, 0)
+def _masked_gradient(kept, gradient):
+    return torch.where(kept.to(gradient.device), gradient, 0)
 
 
 def _train_only(model, names):
@@ -70,7 +70,9 @@ def _train_only(model, names):
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in names)
         if name in names and name in prunable:
-            weight.register_hook(functools.partial(_masked_gradient, weight))
+            # The mask as it is now: a kept weight that comes to 0 can leave it again.
+            kept = weight.detach() != 0
+            weight.register_hook(functools.partial(_masked_gradient, kept))
     return model
 
 # %% ../../nbs/reference/adapters.ipynb #b1550065
@@ -131,6 +133,7 @@ def adapt(
     """
     if adapter not in ADAPTERS:
         raise ValueError(f"adapter must be one of {list(ADAPTERS)}, not {adapter!r}")
+    require_bare(model, "a new adapter")
     require_in_memory(model, "training")
     targets = peft_targets(model, r, lora_alpha)
     return ADAPTERS[adapter](model, targets)

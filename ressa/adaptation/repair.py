@@ -7,6 +7,7 @@ __all__ = ['RepairReport', 'repair']
 
 # %% ../../nbs/reference/repair.ipynb #213a0d69
 import contextlib
+import hashlib
 import tempfile
 import time
 import warnings
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
 
@@ -26,11 +28,13 @@ from ressa.adaptation.adapters import (
     zeros_filled,
 )
 from .sparse_lora import DEFAULT_RANKS
+from .teachers import examples_hash
 from .trainer import RessaArguments, RessaTrainer, require_training_data
 from ..devices import input_device, is_placed, require_in_memory
 from ..evaluation.answers import evaluate
-from ..files import last_whole_checkpoint
+from ..files import last_whole_checkpoint, read_json, write_json
 from ..palette import PALETTE
+from ..parts import require_bare
 
 # %% ../../nbs/reference/repair.ipynb #cc1a358d
 @dataclass(repr=False, eq=False)
@@ -93,12 +97,32 @@ class RepairReport:
         return ax
 
 # %% ../../nbs/reference/repair.ipynb #08c12ad9
+def _check_held_out(held_out):
+    "Raises `ValueError` unless the held-out examples can be answered and judged."
+    columns = getattr(held_out, "column_names", None)
+    if columns is None:
+        raise ValueError(
+            f"held_out must be a data set of examples, not {type(held_out).__name__}"
+        )
+    missing = [name for name in ("prompt", "question_type") if name not in columns]
+    if "answer" not in columns and "answers" not in columns:
+        missing.append("answer (or answers)")
+    if missing:
+        raise ValueError(
+            f"held_out has no column {', '.join(missing)}: it needs prompt, answer or "
+            "answers, question_type (a word for each example, such as 'yes/no'), and "
+            "image if the model sees one"
+        )
+
+
 def _check_request(steps, held_out, patience):
     "Raises `ValueError` for what no trainer can do."
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, not {steps}")
     if held_out is not None and not len(held_out):
         raise ValueError("held_out is empty: pass at least one example, or None")
+    if held_out is not None:
+        _check_held_out(held_out)
     if patience is not None and held_out is None:
         raise ValueError(
             "patience needs held_out: pass examples whose loss decides when to stop"
@@ -107,6 +131,7 @@ def _check_request(steps, held_out, patience):
 
 def _check_device(model, use_cpu):
     "Raises `ValueError` for offloaded weights; warns of a GPU that is not used."
+    require_bare(model, "repair")
     require_in_memory(model, "repair")
     on_cpu = input_device(model).type == "cpu"
     if on_cpu and use_cpu is None and torch.cuda.is_available():
@@ -153,6 +178,88 @@ def _checkpoint_folder(folder):
         return
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(temporary)
+
+# %% ../../nbs/reference/repair.ipynb #8a17b661
+_RECORD = "repair.json"  # what the checkpoints of a folder were made with
+# Arguments of the trainer that change the trained weights. Batches of an evaluation,
+# logs, saving and devices do not.
+_RECORDED_ARGUMENTS = """
+    max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
+    optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    seed data_seed bf16 fp16 neftune_noise_alpha average_tokens_across_devices
+    dataloader_drop_last train_sampling_strategy
+    distill_weight temperature positions
+    eval_strategy eval_steps load_best_model_at_end metric_for_best_model
+    greater_is_better
+    """.split()
+
+
+def _weights_hash(model):
+    "Name a model by its weights: how many are zero in each, and some values of each."
+    found = hashlib.sha1()
+    for name, weight in model.named_parameters():
+        values = weight.detach().flatten()
+        some = values[:: max(1, len(values) // 64)].float().tolist()
+        found.update(f"{name} {int(values.count_nonzero())} {some}".encode())
+    return found.hexdigest()[:12]
+
+
+def _data_hash(data):
+    "Name examples by what they hold; a stream only by its type."
+    if data is None or not hasattr(data, "__len__"):
+        return type(data).__name__
+    columns = getattr(data, "column_names", ())
+    if "prompt" in columns and "answer" in columns:
+        return examples_hash(data)
+    some = [data[i] for i in range(0, len(data), max(1, len(data) // 64))]
+    return f"{len(data)} rows {hashlib.sha1(repr(some).encode()).hexdigest()[:12]}"
+
+
+def _teacher_hash(teacher):
+    "Name a teacher by its class, and a model by its weights."
+    model = getattr(teacher, "model", teacher)
+    if isinstance(model, nn.Module):
+        return f"{type(model).__name__} {_weights_hash(model)}"
+    return type(teacher).__name__
+
+
+def _run_of(model, data, teacher, watched, args, **adapter):
+    "What decides the weights of a repair: name → its value in a line."
+    run = {name: str(value) for name, value in adapter.items()}
+    run["pruned model"] = _weights_hash(model)
+    run["data"] = _data_hash(data)
+    run["teacher"] = _teacher_hash(teacher) if args.distill_weight > 0 else "none"
+    run["held-out examples"] = _data_hash(watched)
+    for name in _RECORDED_ARGUMENTS:
+        run[name] = str(getattr(args, name))
+    return run
+
+
+def _check_run(run, folder, args):
+    "Raises `ValueError` if a folder holds checkpoints of another run; else record it."
+    file = folder / _RECORD
+    if last_whole_checkpoint(folder) is None:
+        if args.process_index == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, run)
+        return
+    if not file.is_file():
+        raise ValueError(
+            f"folder={str(folder)!r} holds checkpoints and no {_RECORD} that says of "
+            "which repair: name another folder"
+        )
+    stored = read_json(file)
+    differing = [
+        f"{name} was {stored.get(name)}, and is {value}"
+        for name, value in run.items()
+        if stored.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"folder={str(folder)!r} holds checkpoints of another repair "
+            f"({'; '.join(differing)}): name another folder, or delete it"
+        )
 
 # %% ../../nbs/reference/repair.ipynb #fa166a65
 def _stopped_early(state):
@@ -210,6 +317,31 @@ def _merged(student, adapter, masks, device):
         model.to(device)  # the trainer may have moved it
     return model.eval()
 
+# %% ../../nbs/reference/repair.ipynb #a831a666
+@contextlib.contextmanager
+def _unchanged_on_failure(model, device):
+    "A repair that fails, or is stopped, leaves a model without adapters."
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                if module.merged:
+                    module.unmerge()
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, module.get_base_layer())
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for module, training in modes:
+            module.training = training
+        for weight, requires_grad in trained:
+            weight.requires_grad_(requires_grad)
+        if not is_placed(model):
+            model.to(device)
+        raise
+
 # %% ../../nbs/reference/repair.ipynb #e722b722
 def repair(
     model: nn.Module,  # a pruned model; changed in place
@@ -225,7 +357,7 @@ def repair(
     r=DEFAULT_RANKS,  # rank, or a mapping from part, layer or expression to rank
     lora_alpha=16,  # alpha, likewise
     seed: int = 0,  # of the adapters and of the order of the examples
-    held_out=None,  # examples to score before and after
+    held_out=None,  # examples to score before and after, with question_type
     patience: int | None = None,  # stop after so many tenths of `steps` in vain
     **arguments,  # of `RessaArguments`: distill_weight, temperature, bf16, …
 ) -> RepairReport:
@@ -233,8 +365,10 @@ def repair(
 
     Without `folder`, checkpoints go to a temporary one. With `adapter="lora"` the zeros
     are filled by the merge and put back afterwards. The loss is that of RESSA (arXiv
-    2404.02424), see `distillation_loss`; `distill_weight=0` needs no teacher. Raises
-    `ValueError` for settings that do not fit, before the model is changed.
+    2404.02424), see `distillation_loss`; `distill_weight=0` needs no teacher. Held-out
+    examples are judged by the metric that fits them, see `evaluate`. Raises `ValueError`
+    for settings that do not fit, and for a folder of another repair, before the model
+    is changed. A repair that fails leaves no adapter on the model.
     """
     _check_request(steps, held_out, patience)
     _check_device(model, arguments.get("use_cpu"))
@@ -247,16 +381,21 @@ def repair(
         require_training_data(teacher, args, data, watched)
         before = _score(model, held_out, processor)
         masks, device = zero_masks(model), input_device(model)
+        if folder is not None:
+            ranks = dict(adapter=adapter, r=r, lora_alpha=lora_alpha)
+            run = _run_of(model, data, teacher, watched, args, **ranks)
+            _check_run(run, checkpoints, args)
         start = time.perf_counter()
         set_seed(seed)
-        student = adapt(model, adapter, r, lora_alpha)
-        trained = trainable_weights(student)
-        datasets = dict(train_dataset=data, eval_dataset=watched)
-        trainer = RessaTrainer(
-            student, args, teacher, processor, callbacks=callbacks, **datasets
-        )
-        _train_or_resume(trainer, checkpoints)
-    model = _merged(student, adapter, masks, device)
+        with _unchanged_on_failure(model, device):
+            student = adapt(model, adapter, r, lora_alpha)
+            trained = trainable_weights(student)
+            datasets = dict(train_dataset=data, eval_dataset=watched)
+            trainer = RessaTrainer(
+                student, args, teacher, processor, callbacks=callbacks, **datasets
+            )
+            _train_or_resume(trainer, checkpoints)
+            model = _merged(student, adapter, masks, device)
     report = RepairReport(
         model=model,
         log=trainer.state.log_history,

@@ -45,12 +45,24 @@ class _QuietProgress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 # %% ../../nbs/reference/trainer.ipynb #73174a0d
+# Options of transformers that change or replace the loss, its labels or its examples
+# in ways that the RESSA loss does not follow: name → the values that are right.
+_FIXED_ARGUMENTS = {
+    "label_smoothing_factor": (0.0,),
+    "use_liger_kernel": (False,),  # it computes a loss without logits
+    "label_names": (None, ["labels"]),
+    "remove_unused_columns": (False,),  # the collator reads all columns
+    "train_sampling_strategy": ("random", "sequential"),  # others ask for tokens
+    "deepspeed": (None,),
+}
+
+
 @dataclass
 class RessaArguments(TrainingArguments):
     """`TrainingArguments` and those of the RESSA loss; learning rate as in the paper.
 
     Raises `ValueError` for a weight outside of [0, 1], a temperature that is not
-    above 0, and unknown positions.
+    above 0, unknown positions, and options that the RESSA loss does not obey.
     """
 
     distill_weight: float = field(
@@ -71,6 +83,12 @@ class RessaArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name, right in _FIXED_ARGUMENTS.items():
+            value = getattr(self, name)
+            if value not in right:
+                raise ValueError(
+                    f"the RESSA loss does not support {name}={value!r}: leave it out"
+                )
         super().__post_init__()
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(
@@ -262,6 +280,16 @@ class RessaTrainer(_WithRessaLoss):
         processor=None,  # encodes the examples; None: pass a `data_collator`
         **kwargs,  # of `Trainer`: train_dataset, eval_dataset, callbacks, …
     ):
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "RessaTrainer has a loss of its own: leave compute_loss_func out, or "
+                "use transformers.Trainer"
+            )
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise ValueError(
+                f"the model is wrapped ({type(model).__name__}): pass model.module, and "
+                "start a process for each GPU with torchrun"
+            )
         require_training_data(
             teacher, args, kwargs.get("train_dataset"), kwargs.get("eval_dataset")
         )

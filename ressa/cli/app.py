@@ -224,7 +224,8 @@ def main(
     try:
         args.run(args)
     except ValueError as error:
-        if isinstance(error.__cause__, OSError):  # a folder could not be written
+        # the system refused something; transformers raises OSError without a number
+        if getattr(error.__cause__, "errno", None) is not None:
             return _fail(f"{error}. {what_now}", SYSTEM_ERROR)
         return _fail(error, WRONG_OPTION)
     except (OSError, SafetensorError) as error:

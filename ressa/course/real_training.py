@@ -199,7 +199,7 @@ COSINE_SCALE = 20  # cosines are in [-1, 1]; as logits they need more room
 
 
 def _loss_of_one_word(tokens, vectors, target):
-    "The loss of image tokens (n, m, width) that all mean one word, and the share right."
+    "The loss of image tokens (n, m, width) that mean one word, and the share right."
     wanted = vectors[target][:, None].expand_as(tokens)
     loss = F.mse_loss(tokens, wanted) / vectors.pow(2).mean()
     cosines = F.normalize(tokens, dim=-1) @ F.normalize(vectors, dim=-1).T
@@ -219,7 +219,7 @@ def words_loss(
 ) -> tuple[
     torch.Tensor, float, float
 ]:  # the loss, the share of right colors, of shapes
-    "How far image tokens are from the words: even ones mean the color, odd ones the shape."
+    "How far image tokens are from their words: even ones the color, odd ones the shape."
     color_loss, colors_right = _loss_of_one_word(tokens[:, 0::2], color_vectors, colors)
     shape_loss, shapes_right = _loss_of_one_word(tokens[:, 1::2], shape_vectors, shapes)
     return color_loss + shape_loss, colors_right, shapes_right
@@ -472,7 +472,7 @@ def kl_to_before(
     model,  # with low-rank changes
     ids: torch.Tensor,  # (1, tokens) of a text
 ) -> torch.Tensor:  # in nats
-    "KL divergence from the next words that the language model wrote before to those now."
+    "KL divergence from the next words before the low-rank change to those with it."
     text_model = model.model.text_model
 
     def logits():
@@ -705,7 +705,7 @@ def teach_answers(
 
 # %% ../../nbs/studies/real_training.ipynb #89e1765b
 def _start_weights(reader, config, vision_file):
-    "The weights to begin with: those of step one, if it is done, or the bundled vision."
+    "The weights to begin with: those of step one if it is done, else the bundled ones."
     weights = plain_weights(reader)
     if vision_file.exists():
         return weights | load_file(vision_file)

@@ -260,7 +260,10 @@ def answer_ids(
     ends = []
     for answer, prompt in zip(answers, prompts, strict=True):
         form = next(form for form in forms if prompt.endswith(form.prompt_end))
-        has_space = form.before == " " and prompt[-1:].isspace()
+        # a template's form says exactly what comes behind its prompt; behind any other
+        # prompt, one space is enough
+        is_plain = form.prompt_end == ""
+        has_space = is_plain and prompt[-1:].isspace()
         before = "" if has_space or not answer else form.before
         texts.append(before + answer + form.after)
         ends.append(_end_id(form, tokenizer))

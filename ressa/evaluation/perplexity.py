@@ -22,7 +22,8 @@ def topics_text() -> tuple[list[str], list[str]]:  # the texts of both parts
     """Read Python's help topics: the module `pydoc_data.topics` of every Python.
 
     In alphabetical order, every second topic is in the first part, and the others are
-    in the second. The text differs a little between versions of Python.
+    in the second. A text that has two names, such as that of "if" and "else", can be in
+    both. The topics differ a little between versions of Python.
     """
     from pydoc_data.topics import topics
 

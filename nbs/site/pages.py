@@ -33,7 +33,14 @@ REFERENCE_ORDER = {
         "hub_errors",
         "hub_access",
     ],
-    "Evaluation": ["answers", "metrics", "intervals", "retrieval", "lmms_eval"],
+    "Evaluation": [
+        "answers",
+        "metrics",
+        "intervals",
+        "perplexity",
+        "retrieval",
+        "lmms_eval",
+    ],
     "Pruning": [
         "engine",
         "methods",

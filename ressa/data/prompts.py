@@ -18,7 +18,7 @@ CAPTION_PROMPT = "A short image caption:"
 SHORT_ANSWER = "{} Answer the question using a single word or phrase."  # LLaVA-1.5
 SHORT_CAPTION = "Describe the image in one short sentence."
 
-# %% ../../nbs/reference/prompts.ipynb #fee7a790
+# %% ../../nbs/reference/prompts.ipynb #93e75978
 # How LLaVA's data sets mark an image in a question; processors mark it in many ways.
 IMAGE_MARK = "<image>"
 
@@ -58,7 +58,7 @@ def reserved_tokens(
                 tokens.append(str(value))
     return list(dict.fromkeys(tokens))
 
-
+# %% ../../nbs/reference/prompts.ipynb #e2830660
 def _refuse_reserved(question, processor):
     "Raises `ValueError` if a question is no text, or contains a reserved token."
     if not isinstance(question, str):
@@ -96,7 +96,7 @@ def _conversation(processor, question, answer=None):
             f"and its answer: {error}"
         ) from error
 
-
+# %% ../../nbs/reference/prompts.ipynb #fee7a790
 def _begins_with_bos(tokenizer):
     "Whether a tokenizer puts the token that begins a text before each text."
     return tokenizer.bos_token_id in tokenizer("").input_ids

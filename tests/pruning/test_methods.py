@@ -81,3 +81,26 @@ def test_options_reach_the_method():
 def test_a_target_as_keywords():
     assert target_keywords(0.5) == {"sparsity": 0.5, "pattern": None}
     assert target_keywords("2:4") == {"sparsity": None, "pattern": "2:4"}
+
+
+@pytest.mark.parametrize("name", [*METHODS, "wanda+dsnot"])
+@pytest.mark.parametrize("sparsity", [0.01, 0.6, 1 / 3, 0.99])
+@pytest.mark.parametrize("shape", [(37, 30), (5, 7), (64, 64)])
+def test_exact_is_right_to_one_weight(name, sparsity, shape):
+    weight, x, method = torch.randn(shape), torch.randn(90, shape[1]), method_of(name)
+    stats = method.statistics(x)
+    (pruned,) = prune_weights([weight], stats, sparsity, method, exact=True)
+    wanted = sparsity * weight.numel()
+    zeros = int((pruned == 0).sum())
+    if int(sparsity * shape[1]) + 1 < shape[1]:  # no output row is all zero
+        assert abs(zeros - wanted) <= 1
+    else:
+        assert zeros <= wanted
+    (plain,) = prune_weights([weight], stats, sparsity, method)
+    if not method.stacked:  # in each row at most one more
+        more = (plain != 0).sum(1) - (pruned != 0).sum(1)
+        assert set(more.tolist()) <= {0, 1}
+    (pattern,) = prune_weights(
+        [torch.randn(4, 8)], Statistics.of(torch.randn(9, 8)), "2:4", method, exact=True
+    )
+    assert has_pattern(pattern, "2:4")

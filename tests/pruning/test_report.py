@@ -80,9 +80,31 @@ def test_the_printed_table():
         "      part layers     weights sparsity  error",
         "    vision      1          24   0.5000  0.200",
         "  language      2         300   0.4000  0.200",
-        "left dense: head: no calibration token reached it",
+        "left dense: 1 layer, no calibration token reached it: head",
     ]
     assert len(repr(PruneReport()).splitlines()) == 1
+
+
+def test_layers_that_stayed_dense_are_one_line_for_each_reason():
+    report = PruneReport(
+        left_dense={f"layer.{i}": "its inputs hold NaN" for i in range(300)}
+    )
+    report.left_dense["head"] = "no calibration token reached it"
+    assert repr(report).splitlines()[1:] == [
+        "left dense: 300 layers, its inputs hold NaN: layer.0, layer.1, layer.2, …",
+        "left dense: 1 layer, no calibration token reached it: head",
+    ]
+
+
+def test_zeros_among_all_weights_of_a_part():
+    report = example_report()
+    report.all_weights = {"language": 1200, "vision": 48}
+    assert report.parts()["language"]["of_all"] == pytest.approx(120 / 1200)
+    assert repr(report).splitlines()[:3] == [
+        "      part layers     weights sparsity  error   of all",
+        "    vision      1          24   0.5000  0.200   0.2500",
+        "  language      2         300   0.4000  0.200   0.1000",
+    ]
 
 
 def test_plain_values_make_the_same_report_again():

@@ -81,7 +81,9 @@ def to_device(
 def is_placed(
     model: nn.Module,
 ) -> bool:
-    "Whether accelerate's hooks move the inputs of a model, which then must stay in place."
+    """Whether accelerate's hooks move the inputs of a model, which then must stay in
+    place.
+    """
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 

@@ -462,7 +462,7 @@ def _layers_meant(key, mmap):
 
 # %% ../nbs/reference/parts.ipynb #b4fb464b
 def per_layer(
-    setting: Any | Mapping[str, Any],  # one value, or key → value as described above
+    setting: Any | Mapping[str, Any],  # one value, or key → value see below
     mmap: ModalityMap,  # the layers to choose from
     default_parts: tuple[str, ...] = ("vision", "language"),  # what one value means
 ) -> dict[str, Any]:  # name of a layer → value, in the order of the model

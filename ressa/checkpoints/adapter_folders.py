@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from ..models.weights import require_whole
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ import ressa.adaptation.sparse_lora  # noqa: F401  makes its type known to PEFT
 from ..adaptation.adapters import zero_masks, zeros_filled
 from ..files import read_json
 from ..models.load_model import load_model
+from ..models.weights import require_whole
 
 # %% ../../nbs/reference/adapter_folders.ipynb #703608ab
 _PRUNED = 0.05  # a layer with a larger share of zeros counts as pruned
@@ -68,7 +68,7 @@ def _pruned_masks(model):
     masks = zero_masks(model).items()
     return {name: kept for name, kept in masks if (~kept).float().mean() > _PRUNED}
 
-
+# %% ../../nbs/reference/adapter_folders.ipynb #8d83e764
 def open_adapter(
     folder: str | Path,  # with adapter_config.json and adapter_model.safetensors
     dtype: str | torch.dtype = "auto",  # number format of the base

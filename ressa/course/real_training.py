@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VISION', 'SKIPPED_FOLDERS', 'SHORTEST_DOCSTRING', 'COSINE_SCALE', 'VISION_LR', 'VISION_LOG_STEPS', 'LOW_RANK_LAYERS',
            'OPTIMIZER_STATE', 'TRAINED_PARTS', 'WARM_UP_STEPS', 'FALLING_SHARE', 'REWORDED_SHARE', 'LOG_STEPS',
-           'Recipe', 'PictureWithQuestions', 'read_pictures', 'read_docstrings', 'bundled_vision', 'word_vectors',
-           'words_loss', 'teach_vision', 'Packed', 'pack', 'LowRank', 'add_low_rank', 'without_low_rank',
-           'answer_logits', 'share_right', 'kl_to_before', 'save_progress', 'load_progress', 'trained_tensors',
-           'store_trained', 'teach_answers', 'train_real']
+           'Recipe', 'byte_tokenizer', 'tiny_real', 'PictureWithQuestions', 'read_pictures', 'read_docstrings',
+           'bundled_vision', 'word_vectors', 'words_loss', 'teach_vision', 'Packed', 'pack', 'LowRank', 'add_low_rank',
+           'without_low_rank', 'answer_logits', 'share_right', 'kl_to_before', 'save_progress', 'load_progress',
+           'trained_tensors', 'store_trained', 'teach_answers', 'train_real']
 
 # %% ../../nbs/studies/real_training.ipynb #b94e4bae
 import ast
@@ -28,8 +28,15 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    PreTrainedTokenizerFast,
+)
 
 import ressa
 from .bundled_training import draw_shapes
@@ -39,6 +46,8 @@ from ..data.prompts import QUESTION_PROMPT, SHORT_ANSWER, SHORT_CAPTION
 from ..files import read_json, write_json
 from ..models.bundled import BUNDLED
 from ressa.models.real import (
+    CHAT_TEMPLATE,
+    PICTURE_TOKENS,
     VISION_FILE,
     WEIGHTS_FILE,
     build,
@@ -81,6 +90,48 @@ VISION = {  # the sizes of the bundled model's vision part
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-6,
 }
+
+# %% ../../nbs/studies/real_training.ipynb #e23c2add
+def byte_tokenizer() -> PreTrainedTokenizerFast:  # pads on the left
+    "Make a tokenizer with one token for each byte, for examples and tests."
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|im_start|>", "<|im_end|>", *PICTURE_TOKENS]
+    token_ids = {token: i for i, token in enumerate([*alphabet, *special])}
+    tokenizer = Tokenizer(models.BPE(token_ids, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_real() -> tuple[Idefics3ForConditionalGeneration, Idefics3Processor]:
+    "Make a tiny model of the real model's class, for examples and tests."
+    tokenizer = byte_tokenizer()
+    text = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = Idefics3Config(
+        vision_config=VISION,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    model = Idefics3ForConditionalGeneration(config).eval()
+    return model, real_processor(tokenizer, config)
 
 # %% ../../nbs/studies/real_training.ipynb #61fa64e0
 @dataclass
@@ -219,7 +270,7 @@ def words_loss(
 ) -> tuple[
     torch.Tensor, float, float
 ]:  # the loss, the share of right colors, of shapes
-    "How far image tokens are from their words: even ones the color, odd ones the shape."
+    "How far image tokens are from their words: the even from color, the odd from shape."
     color_loss, colors_right = _loss_of_one_word(tokens[:, 0::2], color_vectors, colors)
     shape_loss, shapes_right = _loss_of_one_word(tokens[:, 1::2], shape_vectors, shapes)
     return color_loss + shape_loss, colors_right, shapes_right
@@ -651,10 +702,11 @@ def _log_line(step, numbers, norm, seconds):
 def teach_answers(
     model,  # with low-rank changes, trained in place
     pictures: list[PictureWithQuestions],  # to learn from
-    held_out: list[PictureWithQuestions],  # to measure progress with
     processor,  # the processor of the model
     work: str | Path,  # the folder of progress and log; training goes on from there
     *,
+    held_out: list[PictureWithQuestions],  # to measure progress with
+    texts: torch.Tensor,  # (texts, tokens) for the penalty, from `read_docstrings`
     recipe: Recipe,
     stop: int | None = None,  # the last step of this call; None: the recipe's last
 ) -> None:
@@ -672,7 +724,6 @@ def teach_answers(
     seconds_before = 0.0
     if progress.exists():
         done, seconds_before = load_progress(model, optimizer, progress)
-    texts = read_docstrings(processor.tokenizer, recipe.text_tokens)
     last = recipe.steps if stop is None else min(stop, recipe.steps)
     autocast = {"dtype": torch.bfloat16, "enabled": recipe.half_precision}
     start = time.time()
@@ -788,6 +839,15 @@ def train_real(
     model.model.text_model.set_attn_implementation("eager")
     if recipe.half_precision:
         _frozen_in_bfloat16(model)
-    teach_answers(model, training, held_out, processor, work, recipe=recipe, stop=stop)
+    teach_answers(
+        model,
+        training,
+        processor,
+        work,
+        held_out=held_out,
+        texts=read_docstrings(processor.tokenizer, recipe.text_tokens),
+        recipe=recipe,
+        stop=stop,
+    )
     store_trained(model, folder)
     return _log_of(work, recipe, stop)

@@ -25,9 +25,9 @@ from datasets import (
 from datasets.table import InMemoryTable
 from datasets.utils.file_utils import is_local_path
 from PIL import ImageOps
-from .pictures import as_rgb, converts_exactly
 from transformers import ProcessorMixin
 
+from .pictures import as_rgb, converts_exactly
 from .prompts import write_prompt
 
 # %% ../../nbs/reference/columns.ipynb #f3bec9d3
@@ -209,7 +209,7 @@ def _kinds(data, column):
         kinds.append("question" if _is_blank(texts) else texts[0])
     return kinds
 
-
+# %% ../../nbs/reference/columns.ipynb #9fd43805
 def _image_ids(data, column):
     "The id of each image; the number of its row where the column is empty."
     ids = []
@@ -291,7 +291,7 @@ def _all_repainted(undecoded, column):
             changed[row] = repainted
     return changed
 
-
+# %% ../../nbs/reference/columns.ipynb #024e2b5e
 def _images(data, column, folder):
     "The column of images alone, named `image` and decoded as RGB."
     images = data.select_columns([column]).flatten_indices()

@@ -58,7 +58,7 @@ def _padding_on_the_left(processor) -> Iterator[None]:
 
 
 def ends_each_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    "Whether a tokenizer puts a token behind each text that says that the text has ended."
+    "Whether a tokenizer ends each text with a token that says so, as BERT's does."
     first, *others = tokenizer("a").input_ids
     # without a second token, the only one may be what begins a text
     return bool(others) and others[-1] in (
@@ -88,6 +88,11 @@ def _image_list(image):
         as_rgb(image) if isinstance(image, PIL.Image.Image) else image
         for image in images
     ]
+
+
+def _counted(images):
+    "A number of images in words."
+    return f"{len(images)} image{'' if len(images) == 1 else 's'}"
 
 
 class ExampleError(ValueError):
@@ -150,7 +155,7 @@ def _check_images(example, images, processor, marked):
     if _writes_one_place(processor):
         if len(images) != 1:
             raise ValueError(
-                f"it has {len(images)} images, but {kind} takes exactly one for each "
+                f"it has {_counted(images)}, but {kind} takes exactly one for each "
                 "example"
             )
         if marks:
@@ -160,7 +165,7 @@ def _check_images(example, images, processor, marked):
             )
     elif marked and marks != len(images):
         raise ValueError(
-            f"it has {len(images)} images, but its prompt has {marks} places for "
+            f"it has {_counted(images)}, but its prompt has {marks} places for "
             f"images ({_image_token(processor)!r})"
         )
 
@@ -214,7 +219,7 @@ def _check_places(examples, images, batch, processor):
             )
             raise ExampleError(
                 i,
-                f"it has {len(images[i])} images, but its prompt has no place for "
+                f"it has {_counted(images[i])}, but its prompt has no place for "
                 f"them{advice}",
                 examples[i]["prompt"],
             )

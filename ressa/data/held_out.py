@@ -71,12 +71,14 @@ def without_pictures_of(
     rows = [row for row, key in enumerate(_picture_keys(data)) if key not in tested]
     return data.select(rows)
 
-
+# %% ../../nbs/reference/held_out.ipynb #52dcbc12
 def count_seen(
     train: Dataset,  # examples to learn from
     test: Dataset,  # examples to test on
 ) -> int:
-    "How many test examples have a picture and a prompt that are a training example too."
+    """How many test examples have a picture and a prompt that are a training example
+    too.
+    """
     known = set(zip(_picture_keys(train), train["prompt"][:]))
     asked = zip(_picture_keys(test), test["prompt"][:])
     return sum(example in known for example in asked)

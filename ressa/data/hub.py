@@ -119,7 +119,7 @@ def _csv_files(builder, split):
         return None
     return [Path(file) for file in files]
 
-
+# %% ../../nbs/reference/hub.ipynb #00f95af3
 def _read_named(name, config, split, limit):
     "A data set of the hub, or a folder of files."
     split = split or _default_split(name, config)
@@ -134,6 +134,12 @@ def _read_named(name, config, split, limit):
     return _at_most(load_dataset(name, split=split, name=config), limit)
 
 
+def _require_hub_id(name):
+    "Raise `ValueError` for a name that is nothing on this machine and no hub id."
+    if not is_hub_id(name):
+        raise ValueError("there is no such file or folder: check the path")
+
+
 def _read(name, config, split, limit):
     "Read a data set as it is, its first `limit` examples, and the folder of its files."
     path = Path(name)
@@ -146,8 +152,7 @@ def _read(name, config, split, limit):
         if metadata is not None:
             return _read_file(metadata, split, limit), metadata.parent
         return _read_named(name, config, split, limit), path
-    if not is_hub_id(name):
-        raise ValueError("there is no such file or folder: check the path")
+    _require_hub_id(name)
     with cache_alone_if_unreachable():
         return _read_named(name, config, split, limit), path
 
@@ -214,7 +219,7 @@ def load_data(
     except ValueError as error:
         raise ValueError(f"data {name}: {error}") from error
 
-
+# %% ../../nbs/reference/hub.ipynb #bca31e8e
 def default_split(
     name: str | Path,  # as in `load_data`
     config: str | None = None,  # the part of a data set that has several
@@ -235,8 +240,7 @@ def default_split(
             return "train"
         if path.is_dir():
             return _default_split(str(name), config)
-        if not is_hub_id(str(name)):
-            raise ValueError("there is no such file or folder: check the path")
+        _require_hub_id(str(name))
         with cache_alone_if_unreachable():
             return _default_split(str(name), config)
     except Exception as error:  # loaders raise many kinds

@@ -62,7 +62,9 @@ def is_hub_id(
 
 @contextlib.contextmanager
 def cache_alone_if_unreachable() -> Iterator[None]:
-    "While the block runs, libraries read their caches alone if the hub does not answer."
+    """While the block runs, libraries read their caches alone if the hub does not
+    answer.
+    """
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     if not hub_answers():
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

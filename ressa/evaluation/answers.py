@@ -61,7 +61,7 @@ def stored_settings_aside(
         for module, config in stored:
             module.generation_config = config
 
-
+# %% ../../nbs/reference/answers.ipynb #11a22bf7
 def _ids_of(value):
     "One id, several or none, as a list."
     if value is None:

@@ -120,7 +120,9 @@ def model_batch(
 def evaluation_mode(
     model: nn.Module,  # any model
 ) -> Iterator[None]:
-    "While the block runs, a model is in evaluation mode; then each module is as before."
+    """While the block runs, a model is in evaluation mode; then each module is as
+    before.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -141,7 +141,7 @@ def _load_named(name, dtype):
     with cache_alone_if_unreachable():
         return load_checkpoint(name, dtype)
 
-
+# %% ../../nbs/reference/load_model.ipynb #d187dfed
 def load_model(
     name: str | Path = "bundled",  # "bundled", a folder, or a hub id
     device: str | torch.device = "auto",  # see `pick_device`

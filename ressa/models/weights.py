@@ -57,7 +57,7 @@ def _mismatch(entry):
     name, stored, expected = entry
     return f"{name} (stored {tuple(stored)}, expected {tuple(expected)})"
 
-
+# %% ../../nbs/reference/weights.ipynb #0f0896da
 def require_whole(
     model: PreTrainedModel,  # as it was loaded
     loading_info: Mapping[str, Any],  # of `from_pretrained(output_loading_info=True)`

@@ -22,7 +22,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Packages whose tensors claim to be floats of full shape, and are not.
 _NOT_PLAIN = ("torchao", "bitsandbytes", "torch.distributed")
 
-
+# %% ../../nbs/reference/placement.ipynb #9b14ac8b
 class StoredWeight:
     """The weight of a layer, in the place where accelerate keeps it between passes.
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_real import tiny_real
 from torch.nn import functional as F
 
 from ressa.course import real_training
@@ -22,6 +21,7 @@ from ressa.course.real_training import (
     store_trained,
     teach_answers,
     teach_vision,
+    tiny_real,
     trained_tensors,
     without_low_rank,
 )
@@ -143,13 +143,6 @@ def test_step_one_changes_vision_and_interface_only(monkeypatch):
     assert not torch.equal(dict(model.named_parameters())[interface], before[interface])
 
 
-@pytest.fixture
-def few_texts(monkeypatch):
-    "The text for the penalty, without reading the standard library."
-    texts = torch.arange(40).view(2, 20)
-    monkeypatch.setattr(real_training, "read_docstrings", lambda *_: texts)
-
-
 def taught(work, *stops):
     "A tiny model after step two, in one call for each of `stops`."
     for stop in stops:
@@ -158,12 +151,19 @@ def taught(work, *stops):
         torch.manual_seed(4)
         add_low_rank(model, RECIPE.rank)
         teach_answers(
-            model, pictures(), pictures(1), processor, work, recipe=RECIPE, stop=stop
+            model,
+            pictures(),
+            processor,
+            work,
+            held_out=pictures(1),
+            texts=torch.arange(40).view(2, 20),
+            recipe=RECIPE,
+            stop=stop,
         )
     return model
 
 
-def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path, few_texts):
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole = taught(tmp_path / "a", None).state_dict()
@@ -176,7 +176,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path, few_texts
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_progress_of_another_model_is_refused(tmp_path, few_texts):
+def test_progress_of_another_model_is_refused(tmp_path):
     taught(tmp_path, 1)
     model, _ = tiny_real()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tiny_real import tiny_real
 from torch.nn import functional as F
 
+from ressa.course.real_training import tiny_real
 from ressa.evaluation.perplexity import perplexity, topics_text
 
 

@@ -5,9 +5,9 @@ import importlib.util
 
 import pytest
 import torch
-from tiny_real import byte_tokenizer, tiny_real
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ressa.course.real_training import byte_tokenizer, tiny_real
 from ressa.data.collate import collate
 from ressa.data.easy_vqa import load_easy_vqa
 from ressa.data.prompts import answer_ids, write_prompt

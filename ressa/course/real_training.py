@@ -155,7 +155,7 @@ def read_pictures(
     "Load the images of a split of easy-VQA with all their questions."
     examples = load_easy_vqa(split)
     before, after = QUESTION_PROMPT.split("{}")
-    first_example = {}
+    first_example: dict[Any, int] = {}
     pairs_of: dict[Any, list[tuple[str, str]]] = {}
     columns = zip(examples["image_id"][:], examples["prompt"][:], examples["answer"][:])
     for i, (image_id, prompt, reply) in enumerate(columns):
@@ -270,7 +270,7 @@ def words_loss(
 ) -> tuple[
     torch.Tensor, float, float
 ]:  # the loss, the share of right colors, of shapes
-    "How far image tokens are from their words: the even from color, the odd from shape."
+    "How far image tokens are from their words: even ones color, odd ones shape."
     color_loss, colors_right = _loss_of_one_word(tokens[:, 0::2], color_vectors, colors)
     shape_loss, shapes_right = _loss_of_one_word(tokens[:, 1::2], shape_vectors, shapes)
     return color_loss + shape_loss, colors_right, shapes_right
@@ -725,7 +725,10 @@ def teach_answers(
     if progress.exists():
         done, seconds_before = load_progress(model, optimizer, progress)
     last = recipe.steps if stop is None else min(stop, recipe.steps)
-    autocast = {"dtype": torch.bfloat16, "enabled": recipe.half_precision}
+    autocast: dict[str, Any] = {
+        "dtype": torch.bfloat16,
+        "enabled": recipe.half_precision,
+    }
     start = time.time()
     numbers = []
     for step in range(done + 1, last + 1):

@@ -374,7 +374,7 @@ def _mask_of(question):
     hidden = torch.finfo(torch.float32).min
     return torch.zeros(seen.shape).masked_fill(~seen, hidden)
 
-
+# %% ../../nbs/studies/real_training.ipynb #6d0fff52
 def pack(
     pairs_of_images: Sequence[Sequence[tuple[str, str]]],  # questions and answers
     processor,  # from `real_processor`
@@ -636,7 +636,7 @@ def _choose_questions(picture, most, generator):
         chosen.append((SHORT_CAPTION, caption))
     return chosen
 
-
+# %% ../../nbs/studies/real_training.ipynb #2fa506b4
 def _parameter_groups(model, lr):
     "Make the trained parameters trainable, all others not; groups for an optimizer."
     vision = []
@@ -788,7 +788,7 @@ def _frozen_in_bfloat16(model):
         if "text_model" in name and "lora_" not in name:
             parameter.data = parameter.data.bfloat16()
 
-
+# %% ../../nbs/studies/real_training.ipynb #f4a3bebb
 def _log_of(work, recipe, stop):
     "The log of a training that has run in the folder `work`."
     lines = (work / "answers.jsonl").read_text(encoding="utf-8").splitlines()

@@ -805,7 +805,7 @@ def _log_of(work, recipe, stop):
         "answers": [json.loads(line) for line in lines],
     }
 
-
+# %% ../../nbs/studies/real_training.ipynb #ff05e5a3
 def train_real(
     folder: str | Path,  # what `load_real` reads is written here
     work: str | Path,  # progress and log; a later call goes on from there

@@ -79,7 +79,7 @@ def to_device(
 
 # %% ../nbs/reference/devices.ipynb #a03a1af3
 def is_placed(
-    model: nn.Module,
+    model: nn.Module,  # any model
 ) -> bool:
     """Whether accelerate's hooks move the inputs of a model, which then must stay in
     place.

@@ -45,7 +45,7 @@ def _is_adapter(module):
 
 
 def require_unwrapped(
-    model: nn.Module,
+    model: nn.Module,  # any model
 ) -> None:
     "Raise `ValueError` if a model, or a module inside it, is one of `WRAPPERS`."
     for path, module in model.named_modules():
@@ -210,7 +210,7 @@ def _no_part(model, part, roots):
         f"{part} part cannot be split"
     )
 
-
+# %% ../nbs/reference/parts.ipynb #3d322f75
 def _roots_in_table(model):
     "Where the parts of a class in `CLASSES` begin. Raises `ValueError` if it is wrong."
     class_name = type(model).__name__

@@ -169,7 +169,9 @@ def imported_layers(path):
             continue
         if node.level:
             package = inside[: len(inside) - node.level]
-            yield (*package, *(node.module or "").split("."))[0]
+            module = (*package, *(node.module or "").split("."))[0]
+            if module:  # `from .. import __version__` is of no layer
+                yield module
         elif (node.module or "").startswith("ressa."):
             yield node.module.split(".")[1]
 

@@ -29,6 +29,7 @@ REFERENCE_ORDER = {
         "held_out",
         "prompts",
         "conversations",
+        "encoding",
         "collate",
         "hub_errors",
         "hub_access",

@@ -141,7 +141,7 @@ def _check_device(model, use_cpu):
             stacklevel=3,  # the caller of `repair`
         )
 
-
+# %% ../../nbs/reference/repair.ipynb #4300cd33
 def _default_arguments(model, steps, batch_size, folder, patience):
     "A cosine schedule, twenty lines of log, one checkpoint kept, and early stopping."
     defaults = dict(
@@ -235,7 +235,7 @@ def _run_of(model, data, teacher, watched, args, **adapter):
         run[name] = str(getattr(args, name))
     return run
 
-
+# %% ../../nbs/reference/repair.ipynb #9f262bef
 def _check_run(run, folder, args):
     "Raises `ValueError` if a folder holds checkpoints of another run; else record it."
     file = folder / _RECORD
@@ -366,8 +366,8 @@ def repair(
     Without `folder`, checkpoints go to a temporary one. With `adapter="lora"` the zeros
     are filled by the merge and put back afterwards. The loss is that of RESSA (arXiv
     2404.02424), see `distillation_loss`; `distill_weight=0` needs no teacher. Held-out
-    examples are judged by the metric that fits them, see `evaluate`. Raises `ValueError`
-    for settings that do not fit, and for a folder of another repair, before the model
+    examples are judged by the metric that fits them (see `evaluate`). Raises
+    `ValueError` for settings that do not fit, and for a folder of another repair, before the model
     is changed. A repair that fails leaves no adapter on the model.
     """
     _check_request(steps, held_out, patience)

@@ -20,18 +20,18 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.lora import Linear as LoraLinear
-from ressa.adaptation.adapter_checks import (
-    KeepsMask,
-    check_lora_options,
-    check_masks,
-    check_patterns,
-    check_saved_modules,
-    chosen_layers,
-)
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ressa.adaptation.adapter_checks import (
+    KeepsMask,
+    chosen_layers,
+    require_fitting_patterns,
+    require_masks,
+    require_supported_options,
+    require_unpruned_saved_modules,
+)
 from ..parts import PARTS, modality_map, per_layer
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #c9a939ba
@@ -75,9 +75,7 @@ def _fast_masked_weight(weight, A, B):
             # The compiler takes the shape of a parameter for a constant, makes a kernel
             # for each, and gives up after eight; of a plain tensor it does not.
             return _compiled_masked_weight()(weight.detach(), A.detach(), B.detach())
-        except (
-            Exception
-        ) as error:  # a compiler fails in many ways; the result is the same
+        except Exception as error:  # a compiler fails in many ways
             _compiled_devices.discard(kind)
             warnings.warn(
                 f"SparseLoRA goes on without torch.compile: {error}", stacklevel=2
@@ -177,7 +175,7 @@ class SparseLoraLinear(KeepsMask, LoraLinear):
         self.record_mask()
 
     def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
-        check_lora_options(config)
+        require_supported_options(config)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def _scale(self, name):
@@ -235,7 +233,8 @@ DEFAULT_RANKS = {"vision": 8, "language": 8, "interface": 4}
 class SparseLoraConfig(LoraConfig):
     """A `LoraConfig` whose rank and alpha may be given per part, layer or expression.
 
-    Every other option is obeyed as PEFT says, or refused, see `check_lora_options`.
+    Every other option is obeyed as PEFT says, or refused: see
+    `require_supported_options`.
     Raises `ValueError` for ranks below 1 and for options that cannot be masked.
     """
 
@@ -246,7 +245,7 @@ class SparseLoraConfig(LoraConfig):
     masks: dict | None = None  # layer → `mask_record`; filled in with the adapter
 
     def __post_init__(self):
-        check_lora_options(self)
+        require_supported_options(self)
         given = self.r
         # PEFT's own checks take one number
         self.r = max(given.values()) if isinstance(given, dict) else given
@@ -304,11 +303,9 @@ def _choose_by_part(model, config):
             "the model has an adapter already: merge it first, or give the second one "
             "target_modules, and one number each for r and lora_alpha"
         )
-    given_ranks = config.rank_pattern or {}
-    given_alphas = config.alpha_pattern or {}
     targets = peft_targets(model, config.r, config.lora_alpha)
     names = chosen_layers(model, config, sorted(targets["target_modules"]))
-    check_patterns(config, names)
+    require_fitting_patterns(config, names)
     if config.target_modules not in (None, "all-linear"):
         left_dense = modality_map(model).left_dense
         for name in chosen_layers(model, config):
@@ -322,33 +319,31 @@ def _choose_by_part(model, config):
     config.target_modules = set(names)
     # PEFT takes the first key that matches: what was given by name goes first.
     chosen = {f"^{name}" for name in names}
-    for option, given in (
-        ("rank_pattern", given_ranks),
-        ("alpha_pattern", given_alphas),
-    ):
+    for option in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, option) or {}
         by_part = {key: n for key, n in targets[option].items() if key in chosen}
         setattr(config, option, {**given, **by_part})
     config.exclude_modules = None  # the names say it all
     config.layers_to_transform = None
     config.layers_pattern = None
 
-
+# %% ../../nbs/course/09_sparse_lora.ipynb #39270fcd
 class SparseLoraModel(LoraModel):
     "PEFT's LoRA model with `SparseLoraLinear` layers and ranks by part."
 
     def _prepare_adapter_config(self, config, model_config):
-        check_lora_options(config)
-        check_saved_modules(self.model, config)
+        require_supported_options(config)
+        require_unpruned_saved_modules(self.model, config)
         by_part = isinstance(config.r, dict) or isinstance(config.lora_alpha, dict)
         if by_part or config.target_modules in (None, "all-linear"):
             _choose_by_part(self.model, config)
         names = chosen_layers(self.model, config)
-        check_patterns(config, names)
+        require_fitting_patterns(config, names)
         for name in names:
             layer = self.model.get_submodule(name)
             _check_layer(getattr(layer, "base_layer", layer))
         if config.masks is not None:
-            check_masks(self.model, config.masks)
+            require_masks(self.model, config.masks)
         return config
 
     def _post_injection_hook(self, model, config, adapter_name):

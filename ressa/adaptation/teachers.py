@@ -24,7 +24,7 @@ from ressa.adaptation.distillation import (
 )
 from ..data.collate import collate
 from ..devices import input_device, require_in_memory, to_device
-from ..models.inputs import is_causal, require_matching_batch
+from ..models.inputs import evaluation_mode, is_causal, require_matching_batch
 from ..parts import modality_map
 from ..pruning.placement import stored_parameters
 
@@ -119,16 +119,12 @@ def _dense_while_called(layers, removed):
 @contextmanager
 def _without_adapters_and_dropout(student):
     "The base model in evaluation mode; afterwards every mode and flag is as before."
-    modes = [(module, module.training) for module in student.modules()]
     trained = [(weight, weight.requires_grad) for weight in student.parameters()]
     adapters_off = getattr(student, "disable_adapter", nullcontext)
     try:
-        with adapters_off():
-            student.eval()
+        with evaluation_mode(student), adapters_off():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         for weight, requires_grad in trained:  # PEFT turns them all on
             weight.requires_grad_(requires_grad)
 

@@ -287,7 +287,8 @@ class RessaTrainer(_WithRessaLoss):
             )
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise ValueError(
-                f"the model is wrapped ({type(model).__name__}): pass model.module, and "
+                f"the model is wrapped ({type(model).__name__}): "
+                "pass model.module, and "
                 "start a process for each GPU with torchrun"
             )
         require_training_data(

@@ -56,7 +56,7 @@ def plain_row(
         "by_type": by_type,
     }
 
-
+# %% ../../nbs/reference/results.ipynb #f1566f5f
 def measure(
     model: nn.Module,  # a generating vision-language model
     tests: list,  # questions and captions of easy-VQA, or one data set of another kind

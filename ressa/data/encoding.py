@@ -105,7 +105,7 @@ class ExampleError(ValueError):
         which = f" (its prompt: {prompt[:80]!r})" if isinstance(prompt, str) else ""
         super().__init__(f"example {index}: {reason}{which}")
 
-
+# %% ../../nbs/reference/encoding.ipynb #1f34c835
 def _check_text(example, name, reserved):
     "Raises `ValueError` unless an example has a text, and a clean one as its answer."
     text = example.get(name)
@@ -169,7 +169,7 @@ def _check_images(example, images, processor, marked):
             f"images ({_image_token(processor)!r})"
         )
 
-
+# %% ../../nbs/reference/encoding.ipynb #d87e101c
 def _check_examples(examples, images, names, processor):
     "Raises `ExampleError` for the first example that cannot be read."
     reserved = reserved_tokens(processor)

@@ -66,7 +66,7 @@ def _from_lab(image):
     srgb = ImageCms.createProfile("sRGB")
     return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
 
-
+# %% ../../nbs/reference/pictures.ipynb #1e419d7a
 def converts_exactly(
     image: PIL.Image.Image,  # its pixels are read only if it may be transparent
 ) -> bool:

@@ -102,7 +102,7 @@ def _json_values(file) -> Iterable[tuple[int, Any]]:
                     "object in each line"
                 ) from error
 
-
+# %% ../../nbs/reference/tables.ipynb #3c9672c5
 def read_json_rows(
     path: str | Path,  # with a list of objects, or one object in each line
     limit: int | None = None,  # how many rows to read, from the first; None: all

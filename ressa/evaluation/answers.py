@@ -167,7 +167,7 @@ def _generate(model, examples, processor, config):
     ids = [_until_end(row, ends, first=0 if causal else 1) for row in ids]
     return tokenizer_of(processor).batch_decode(ids, skip_special_tokens=True)
 
-
+# %% ../../nbs/reference/answers.ipynb #25c1b7e3
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,  # a generating vision-language model

@@ -9,7 +9,6 @@ __all__ = ['BUNDLED', 'load_bundled']
 from pathlib import Path
 
 import torch
-from .weights import load_whole
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -19,6 +18,7 @@ from transformers import (
 
 import ressa
 from ..devices import pick_device, pick_dtype
+from .weights import load_whole
 
 # %% ../../nbs/reference/bundled.ipynb #791e0fed
 BUNDLED = Path(ressa.__file__).parent / "assets/easy-vqa-instructblip"  # a checkpoint

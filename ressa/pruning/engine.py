@@ -107,7 +107,7 @@ _FROM_OUTSIDE = (
     "image_hidden_states",
 )
 
-
+# %% ../../nbs/reference/engine.ipynb #73c8cfe2
 class _Masks:
     "Which inputs of a layer are padding."
 
@@ -493,7 +493,7 @@ def _always_language(name: str) -> str:
     "The part of every layer of a model that has no other parts."
     return "language"
 
-
+# %% ../../nbs/reference/engine.ipynb #0d823683
 @torch.no_grad()
 def prune_layers(
     model: nn.Module,  # called as model(**batch); pruned in place

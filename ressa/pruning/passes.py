@@ -52,9 +52,11 @@ class Reached(Exception):
 
 
 def output_head(
-    model: nn.Module,
+    model: nn.Module,  # any model
 ) -> nn.Module | None:
-    "The layer that computes logits, of a model or of the first of its modules with one."
+    """The layer that computes logits, of a model or of the first of its modules with
+    one.
+    """
     for module in model.modules():
         if hasattr(module, "get_output_embeddings"):
             try:
@@ -71,7 +73,9 @@ def leaving_at_head(
     model: nn.Module,
     layers: Mapping[str, nn.Module],  # a pass goes on if the head is one of these
 ):
-    "While the block runs, a pass ends at the output head, or where `Reached` is raised."
+    """While the block runs, a pass ends at the output head, or where `Reached` is
+    raised.
+    """
     head = None if is_placed(model) else output_head(model)
     hooks = []
 
@@ -87,7 +91,7 @@ def leaving_at_head(
         for hook in hooks:
             hook.remove()
 
-
+# %% ../../nbs/reference/passes.ipynb #255fd609
 @contextmanager
 def leaving_when_called(
     model: nn.Module,
@@ -118,7 +122,7 @@ def leaving_when_called(
 
 @contextmanager
 def noting_calls(
-    model: nn.Module,
+    model: nn.Module,  # any model
 ):  # yields the set of names called so far
     "While the block runs, note which modules of a model are called."
     called: set[str] = set()
@@ -205,7 +209,7 @@ def picture_counts(
 ) -> set[int]:
     """How many pictures a batch may have, by the leading axes of its pictures.
 
-    Axes before (channels, height, width) are examples, pictures of an example, and tiles
+    Axes before (channels, height, width) are examples, pictures of an example, tiles
     of a picture, as far as a class has them. Padding counts.
     """
     pixels = batch.get("pixel_values")
@@ -252,7 +256,8 @@ def first_example(
     counts = (batch["input_ids"] == picture_token).sum(1).tolist()
     own = {}
     for key, value in tensors.items():
-        if key not in of_pictures or len(set(counts)) == 1 and len(value) == n:
+        one_each = len(set(counts)) == 1 and len(value) == n
+        if key not in of_pictures or one_each:
             own[key] = value[:1]
             continue
         share = len(value) * counts[0] / max(sum(counts), 1)
@@ -261,13 +266,12 @@ def first_example(
             share = (patches <= patches[-1] * counts[0] / sum(counts)).sum().item()
         if not float(share).is_integer():
             return None
-        own[key] = value[: int(share)]
-        if share == 0:  # the model would take no pictures for pictures
-            del own[key]
-    return {**batch, **own} if len(own) == len(tensors) else _without(batch, own)
+        if share > 0:  # the model would take an empty tensor for pictures
+            own[key] = value[: int(share)]
+    return _with_own_tensors(batch, own)
 
 
-def _without(batch, own):
+def _with_own_tensors(batch, own):
     "A batch with other tensors, and without those that have none."
     return {
         key: own.get(key, value)
@@ -367,7 +371,7 @@ def pieces_of(
         for start, end in zip(edges, edges[1:])
     ]
 
-
+# %% ../../nbs/reference/passes.ipynb #d7bd30bd
 def _begins_with_pictures(hidden, n, pictures):
     "Whether the first axis of hidden states (pictures, tokens, width) is the pictures."
     if hidden.dim() < 3 or not pictures:

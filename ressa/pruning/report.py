@@ -91,7 +91,9 @@ class PruneReport:
         return sums
 
     def dense_lines(self) -> list[str]:
-        "One line for each reason why layers stayed dense: how many, and the first three."
+        """One line for each reason why layers stayed dense: how many, and the first
+        three.
+        """
         names_of = defaultdict(list)
         for name, reason in self.left_dense.items():
             names_of[reason].append(name)

@@ -207,7 +207,7 @@ def test_blip_2_without_query_tokens_does_not_answer_blindly():
     rows = tiny_models.examples("BLIP-2, OPT", processor)
     blind = Blip2Processor(processor.image_processor, processor.tokenizer)
     expected = (
-        "example 0: it has 1 images, but its prompt has no place.*num_query_tokens"
+        "example 0: it has 1 image, but its prompt has no place.*num_query_tokens"
     )
     with pytest.raises(ValueError, match=expected):
         collate(rows, blind)

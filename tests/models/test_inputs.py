@@ -12,11 +12,11 @@ from ressa.data.collate import IGNORED, collate
 from ressa.data.prompts import write_prompt
 from ressa.evaluation.answers import answer
 from ressa.models.inputs import (
-    require_matching_batch,
     evaluation_mode,
     has_towers,
     is_causal,
     model_batch,
+    require_matching_batch,
 )
 from ressa.pruning.engine import prune
 

@@ -46,7 +46,9 @@ def test_every_notebook_has_its_place():
 def test_lines_and_cells_can_be_read(path):
     for cell in cells(path, "code"):
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) <= 60, f"{len(lines)} lines: {cell.source[:80]}"
+        if len(lines) > 60:  # one class, or one function with its commented parameters
+            one = len(ast.parse(cell.source).body) == 1 and len(lines) <= 110
+            assert one, f"{len(lines)} lines: {cell.source[:80]}"
         for line in cell.source.splitlines():
             assert len(line) <= 88 or line.startswith("#| fig-alt"), line
 
@@ -112,11 +114,11 @@ def test_a_reference_page_begins_with_a_table_of_what_is_in_it(path):
 
 @every_page
 def test_exported_names_are_explained(path):
-    everything = cells(path)
-    code = [
-        c.source for c in everything if c.cell_type == "code" and not is_exported(c)
-    ]
-    for cell in everything:
+    "Each public name has a docstring, and its page uses it or says what it is for."
+    page = [cell for cell in cells(path) if not is_exported(cell)]
+    text = "\n".join(cell.source for cell in page)
+    missing = []
+    for cell in cells(path):
         if not is_exported(cell):
             continue
         for node in ast.parse(cell.source).body:
@@ -125,10 +127,9 @@ def test_exported_names_are_explained(path):
             if node.name.startswith("_"):
                 continue
             assert ast.get_docstring(node), f"{node.name} has no docstring"
-            if path in CHECKS:
-                continue
-            used = any(re.search(rf"\b{node.name}\b", source) for source in code)
-            assert used, f"{node.name} has no example on its page"
+            if path not in CHECKS and not re.search(rf"\b{node.name}\b", text):
+                missing.append(node.name)
+    assert not missing, f"not on their page: {missing}"
 
 
 @every_page

@@ -571,12 +571,14 @@ def modules():
 
 
 def public():
-    "Name → function or class, of all modules."
+    "Name → function or class, of all modules; where the course uses a name again, the library's."
     found = {}
-    for module in modules():
+    for module in sorted(
+        modules(), key=lambda m: m.__name__.startswith("ressa.course")
+    ):
         for name in getattr(module, "__all__", ()):
             if callable(getattr(module, name)):
-                found[name] = getattr(module, name)
+                found.setdefault(name, getattr(module, name))
     return found
 
 

@@ -255,11 +255,11 @@ def encode(
 ) -> dict[str, Any]:  # name → tensor; prompts end at the right edge
     """Encode prompts and images of examples.
 
-    An `image` may be one image, a list of images, or None; with a tokenizer instead of a
-    processor, there is none. What the processor stores about padding and cutting does
-    not matter, and is as before afterwards. Raises `ValueError` if there are no
-    examples, and `ExampleError` for an example without text, with more or fewer images
-    than places in its prompt, or that the processor cannot read.
+    An `image` may be one image, a list of images, or None; there is none with a
+    tokenizer instead of a processor. What the processor stores about padding and
+    cutting does not matter, and is as before afterwards. Raises `ValueError` if there
+    are no examples, and `ExampleError` for an example without text, with more or fewer
+    images than places in its prompt, or that the processor cannot read.
     """
     if not len(examples):
         raise ValueError(

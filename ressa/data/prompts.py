@@ -26,7 +26,7 @@ IMAGE_MARK = "<image>"
 def tokenizer_of(
     processor: ProcessorMixin | PreTrainedTokenizerBase,  # of any model
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a processor; a tokenizer, such as a language model's, is its own.
+    """The tokenizer of a processor; a tokenizer itself, as of a language model.
 
     Raises `ValueError` if there is none.
     """
@@ -44,7 +44,7 @@ def tokenizer_of(
 def reserved_tokens(
     processor: ProcessorMixin | PreTrainedTokenizerBase | None,  # of any model
 ) -> list[str]:
-    """The texts with a meaning of their own: the place of an image, its edges, its rows.
+    """The texts with a meaning of their own: the place of an image, its edges or rows.
 
     `<image>` is always among them, except for a tokenizer, whose model sees no images.
     """
@@ -110,8 +110,9 @@ def write_prompt(
 
     Without a processor, and for InstructBLIP, the prompt is one of InstructBLIP's
     phrases. Other processors get LLaVA's phrase, in their chat template if they have
-    one; a tokenizer gets it without an image. Raises `ValueError` for a question that is
-    no text or contains the place of an image, and for a template that cannot write it.
+    one; a tokenizer gets it without an image. Raises `ValueError` for a question that
+    is no text or contains the place of an image, and for a template that cannot write
+    it.
     """
     _refuse_reserved(question, processor)
     # only the processors of the BLIP family count query tokens
@@ -221,7 +222,7 @@ def _encode(texts, tokenizer):
 
 
 def _added_ids(starts, texts, tokenizer):
-    "The ids that each text adds to its start; None where it changes the ids of the start."
+    "The ids that a text adds to its start; None where it changes those of the start."
     added: list[list[int] | None] = []
     joined = [start + text for start, text in zip(starts, texts)]
     for before, both in zip(_encode(starts, tokenizer), _encode(joined, tokenizer)):

@@ -1177,6 +1177,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                                                                                       'ressa/models/load_model.py'),
                                          'ressa.models.load_model.load_model': ( 'reference/load_model.html#load_model',
                                                                                  'ressa/models/load_model.py'),
+                                         'ressa.models.load_model.set_lengths': ( 'reference/load_model.html#set_lengths',
+                                                                                  'ressa/models/load_model.py'),
                                          'ressa.models.load_model.set_up_tokenizer': ( 'reference/load_model.html#set_up_tokenizer',
                                                                                        'ressa/models/load_model.py')},
             'ressa.models.real': { 'ressa.models.real._pairs_half_a_head_apart': ( 'reference/real.html#_pairs_half_a_head_apart',

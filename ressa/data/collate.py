@@ -106,10 +106,12 @@ def _prompts_as_read(examples, batch, tokenizer):
 
     PaliGemma's puts a new line there.
     """
+    last_ids = batch["input_ids"][:, -1].tolist()  # prompts end at the right edge
+    text_of = {last_id: tokenizer.decode([last_id]) for last_id in set(last_ids)}
     prompts = []
-    for example, ids in zip(examples, batch["input_ids"]):
+    for example, last_id in zip(examples, last_ids):
         prompt = example["prompt"]
-        added = tokenizer.decode(ids[-1:])  # prompts end at the right edge
+        added = text_of[last_id]
         if added.isspace() and not prompt.endswith(added):
             prompt += added
         prompts.append(prompt)

@@ -26,6 +26,7 @@ ENCODING = {
     "truncation": False,
     "max_length": None,
     "return_attention_mask": True,
+    "return_token_type_ids": False,  # of BERT; a class that needs them returns its own
     "return_tensors": "pt",
 }
 
@@ -229,8 +230,7 @@ def _call(examples, images, processor):
     "What a processor returns for examples and their lists of images."
     texts = [example["prompt"] for example in examples]
     if isinstance(processor, PreTrainedTokenizerBase):
-        # a decoder takes no types of tokens, but some tokenizers return them
-        return processor(texts, return_token_type_ids=False, **ENCODING)
+        return processor(texts, **ENCODING)
     # a list of images per example: every processor takes it, and some take nothing else
     return processor(images=images if any(images) else None, text=texts, **ENCODING)
 

@@ -156,7 +156,7 @@ def _first_token_in(text, tokenizer):
             first = token
     return first
 
-
+# %% ../../nbs/reference/prompts.ipynb #2553b11e
 def _plain_form(tokenizer):
     "The form of an answer outside of a chat template."
     # BERT's tokenizer, which BLIP uses, names the token that ends a text otherwise

@@ -58,6 +58,10 @@ STORED = {
     "a tokenizer.json that cuts and pads": store_in_backends,
     "no padding token": lambda p: store_in_tokenizers(p, pad_token=None),
     "no attention mask": lambda p: store_in_processor(p, return_attention_mask=False),
+    "types of tokens": lambda p: store_in_processor(p, return_token_type_ids=True),
+    "types of tokens, as a tokenizer's default": lambda p: store_in_tokenizers(
+        p, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
+    ),
     "arrays": lambda p: store_in_processor(p, return_tensors="np"),
 }
 READING = [name for name in tiny_models.TINY if name not in tiny_models.RETRIEVING]

@@ -8,7 +8,12 @@ import tiny_models
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import GenerationConfig, WatermarkingConfig
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    WatermarkingConfig,
+)
 
 from ressa.evaluation.answers import (
     TOKEN_IDS,
@@ -327,6 +332,23 @@ def test_an_error_has_the_number_of_its_example_in_the_data_set():
     rows[1]["image"] = tiny_models.picture(9, 9)
     with pytest.raises(ValueError, match="example 1: .*'red red red red '"):
         answer(model, rows, processor, batch_size=2, progress=False)
+
+
+def test_a_language_model_answers_texts():
+    config = LlamaConfig(**tiny_models.LLAMA)
+    model = LlamaForCausalLM(config).eval()
+    words = tiny_models.tokenizer()
+    rows = Dataset.from_dict(
+        {
+            "prompt": ["what color ?", "what is the shape of the circle ?"],
+            "answer": ["red", "square"],
+            "question_type": ["color", "shape"],
+        }
+    )
+    words.padding_side = "right"
+    result = evaluate(model, rows, words, max_new_tokens=3, progress=False)
+    alone = answer(model, rows, words, max_new_tokens=3, batch_size=1, progress=False)
+    assert result.answers == alone and result.n == 2
 
 
 def test_an_answer_of_blip_is_without_its_prompt():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from tiny_models import examples, tiny
 from transformers import CLIPModel, CLIPProcessor
 
 from ressa.checkpoints.sparse import save_sparse
@@ -12,6 +13,7 @@ from ressa.data.collate import collate
 from ressa.files import save_model
 from ressa.models import load_model as module
 from ressa.models.bundled import BUNDLED
+from ressa.models.inputs import require_matching_batch
 from ressa.models.load_model import load_model
 from ressa.parts import modality_map
 from ressa.pruning.engine import prune
@@ -60,6 +62,26 @@ def test_a_model_that_compares_keeps_its_padding(tmp_path):
     model, loaded = load_model(tmp_path, "cpu")
     assert isinstance(model, CLIPModel)
     assert loaded.tokenizer.padding_side == "right"
+
+
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [
+        ("BLIP-2, OPT", "num_query_tokens"),
+        ("InstructBLIP, Llama", "num_query_tokens"),
+        ("LLaVA", "patch_size"),
+        ("LLaVA-NeXT", "patch_size"),
+    ],
+)
+def test_a_length_that_is_not_stored_is_that_of_the_model(kind, length, tmp_path):
+    "BLIP-2 answered without its image."
+    model, processor = tiny(kind, tmp_path)
+    right = getattr(processor, length)
+    setattr(processor, length, None)
+    processor.save_pretrained(tmp_path)
+    loaded, again = load_model(tmp_path, "cpu")
+    assert getattr(again, length) == right
+    require_matching_batch(loaded, collate(examples(kind, again), again))
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path, bundled):

@@ -1153,7 +1153,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                              'ressa.files.write_json': ('reference/files.html#write_json', 'ressa/files.py')},
             'ressa.models.bundled': { 'ressa.models.bundled.load_bundled': ( 'reference/bundled.html#load_bundled',
                                                                              'ressa/models/bundled.py')},
-            'ressa.models.inputs': { 'ressa.models.inputs._image_places': ('reference/inputs.html#_image_places', 'ressa/models/inputs.py'),
+            'ressa.models.inputs': { 'ressa.models.inputs._image_token': ('reference/inputs.html#_image_token', 'ressa/models/inputs.py'),
                                      'ressa.models.inputs.caption_options': ( 'reference/inputs.html#caption_options',
                                                                               'ressa/models/inputs.py'),
                                      'ressa.models.inputs.evaluation_mode': ( 'reference/inputs.html#evaluation_mode',

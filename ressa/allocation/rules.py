@@ -87,10 +87,15 @@ def outlier_share(
 ) -> float:  # in [0, 1]
     """The share of Wanda scores that are outliers (OWL, arXiv 2310.05175).
 
-    Raises `ValueError` for an invalid factor.
+    Raises `ValueError` for an invalid factor, and without a weight or its statistics.
     """
     if not 0 <= factor < math.inf:
         raise ValueError(f"factor must be a finite number, 0 or more, not {factor}")
+    if not weights or len(weights) != len(stats):
+        raise ValueError(
+            f"want one weight or more and the stats of each, not {len(weights)} "
+            f"weights and {len(stats)} stats"
+        )
     device = stats[0].norm.device  # a group of layers may lie on several cards
     scores = torch.cat(
         [

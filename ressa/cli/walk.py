@@ -130,7 +130,7 @@ def _load_test_split(args, processor):
     )
     return test
 
-
+# %% ../../nbs/reference/command_walk.ipynb #687a0956
 def separate(
     args: argparse.Namespace,  # with `data`, `split`, `train_split` and `config`
     examples,  # to learn from
@@ -165,7 +165,7 @@ def separate(
         )
     return examples, seen
 
-
+# %% ../../nbs/reference/command_walk.ipynb #104c7729
 def load_tests(
     args: argparse.Namespace,  # with `data`, `split`, `config` and `limit`
     processor,  # the processor of the model

@@ -283,5 +283,7 @@ def decoder_ids(
     """
     tokenizer = tokenizer_of(processor)
     end = _end_id(_plain_form(tokenizer), tokenizer)
+    if not answers:
+        return []  # tokenizers do not take an empty list
     encoded = tokenizer(text_target=list(answers), padding=False, truncation=False)
     return [ids if ids[-1:] == [end] else [*ids, end] for ids in encoded.input_ids]

@@ -33,15 +33,13 @@ def is_causal(model: PreTrainedModel) -> bool:
     return not any(config.is_encoder_decoder for config in configs)
 
 # %% ../../nbs/reference/inputs.ipynb #fadad606
-def _image_places(model):
-    "The token that marks a place of an image, and how many an image has, or None."
-    config = model.config
-    if not hasattr(config, "num_query_tokens"):
-        return None
-    token = getattr(config, "image_token_id", None)
-    if token is None:
-        token = getattr(config, "image_token_index", None)
-    return token, config.num_query_tokens
+def _image_token(config):
+    "The id of the token that marks a place of an image, or None."
+    for name in ("image_token_id", "image_token_index"):
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            return token
+    return None
 
 
 def require_matching_batch(
@@ -63,18 +61,27 @@ def require_matching_batch(
             f"the batch has a token with the id {int(ids.max())}, but the model knows "
             f"{known} tokens: the processor is that of another model"
         )
-    places = _image_places(model)
-    if places is None or "pixel_values" not in batch:
+    token = _image_token(model.config)
+    expected = getattr(model.config, "num_query_tokens", None)
+    if "pixel_values" not in batch or (token is None and expected is None):
         return
-    token, expected = places
-    found = torch.zeros(len(ids)) if token is None else (ids == token).sum(1)
-    wrong = found[found != expected].tolist()
-    if wrong:
+    if token is None:
         raise ValueError(
-            f"the batch has {int(wrong[0])} places for an image, but the model expects "
-            f"{expected} (token {token}): set "
-            f"processor.num_query_tokens = {expected}, and use the processor that "
-            "belongs to the model"
+            "model.config.image_token_index is not set, so the model finds no place for "
+            "an image: set it to the id of the processor's image token"
+        )
+    found = (ids == token).sum(1)
+    if not found.any():
+        raise ValueError(
+            "the batch has images, but no place for them that the model knows (token "
+            f"{token}): the processor is that of another model"
+        )
+    wrong = found[found != expected].tolist()
+    if expected is not None and wrong:
+        raise ValueError(
+            f"the batch has {wrong[0]} places for an image, but the model expects "
+            f"{expected} (token {token}): set processor.num_query_tokens = {expected}, "
+            "and use the processor that belongs to the model"
         )
 
 # %% ../../nbs/reference/inputs.ipynb #18167497

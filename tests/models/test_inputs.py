@@ -122,6 +122,31 @@ def test_the_own_processor_of_each_class_fits(name):
     )
 
 
+MARKED = [name for name in tiny_models.GENERATING if name != "BLIP"]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_batch_whose_images_have_no_place_is_refused(name):
+    "As if the processor had another token for images."
+    model, processor = built(name)
+    batch = collate(tiny_models.examples(name, processor), processor)
+    config = model.config
+    is_id = hasattr(config, "image_token_id")
+    token = config.image_token_id if is_id else config.image_token_index
+    batch["input_ids"][batch["input_ids"] == token] = 3
+    with pytest.raises(ValueError, match=f"no place .* knows \\(token {token}\\)"):
+        require_matching_batch(model, batch)
+
+
+def test_a_model_that_has_no_token_for_images_is_refused():
+    "As older checkpoints of BLIP-2 are."
+    model, processor = built("BLIP-2, OPT")
+    batch = collate(tiny_models.examples("BLIP-2, OPT", processor), processor)
+    model.config.image_token_index = None
+    with pytest.raises(ValueError, match="image_token_index is not set"):
+        require_matching_batch(model, batch)
+
+
 def test_a_token_that_the_model_does_not_know_is_refused():
     model, _ = built("LLaVA")
     known = model.get_input_embeddings().weight.shape[0]

@@ -172,7 +172,7 @@ def load_tests(
 ) -> list:  # questions and captions of easy-VQA, or one data set
     """The examples to test on; with a limit, a random part of easy-VQA or the first.
 
-    If the data set has one split for training and test, these are its held-out pictures.
+    If one split is for training and test, these are its held-out pictures.
     """
     if args.data != "easy-vqa":
         return [_load_test_split(args, processor)]

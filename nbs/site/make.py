@@ -135,7 +135,7 @@ def page(path, names, config):
     ]
     module = module_of(nbformat.read(path, 4))
     processed = NBProcessor(path, processors, process=True).nb
-    cells, source, entries = [], None, []
+    cells, source, entries, target = [], None, [], module
 
     def flush():
         if source is not None:
@@ -145,8 +145,7 @@ def page(path, names, config):
         directives = getattr(cell, "directives_", {})
         if getattr(cell, "has_sd", False):  # nbdev asks for an entry here
             name = re.fullmatch(r"show_doc\((\w+)\)", cell.source).group(1)
-            home = f"ressa.{names[name][0]}" if name in names else f"ressa.{module}"
-            text = entry(definitions(source)[name], source, home)
+            text = entry(definitions(source)[name], source, f"ressa.{target}")
             entries.append(markdown(text))
             continue
         flush()
@@ -159,6 +158,8 @@ def page(path, names, config):
             continue
         elif {"export", "exports"} & directives.keys():
             source = bare(cell.source)
+            named = directives.get("export") or directives.get("exports")
+            target = named[0] if named else module
         else:
             cells.append(shown(cell))
     flush()

@@ -367,8 +367,8 @@ def repair(
     are filled by the merge and put back afterwards. The loss is that of RESSA (arXiv
     2404.02424), see `distillation_loss`; `distill_weight=0` needs no teacher. Held-out
     examples are judged by the metric that fits them (see `evaluate`). Raises
-    `ValueError` for settings that do not fit, and for a folder of another repair, before the model
-    is changed. A repair that fails leaves no adapter on the model.
+    `ValueError` for settings that do not fit, and for a folder of another repair,
+    before the model is changed. A repair that fails leaves no adapter on the model.
     """
     _check_request(steps, held_out, patience)
     _check_device(model, arguments.get("use_cpu"))

@@ -92,8 +92,11 @@ def _qformer_padded_right(batch):
     }
 
 # %% ../../nbs/reference/collate.ipynb #4744f786
-def _without_end(batch):
-    "A batch that is padded on the left, without the last token of each example."
+def _without_end(batch, tokenizer):
+    "A batch that is padded on the left, without the end token of each prompt, if any."
+    last_ids = batch["input_ids"][:, -1]
+    if not ends_each_text(tokenizer) or (last_ids != last_ids[0]).any():
+        return batch
     shape = batch["attention_mask"].shape
     return {
         name: value[:, :-1] if _has_value_per_token(name, value, shape) else value
@@ -137,9 +140,9 @@ def collate(
     batch = _qformer_padded_right(encode(examples, processor, answers=answers))
     tokenizer = tokenizer_of(processor)
     kind = type(processor).__name__
-    if causal and ends_each_text(tokenizer):
-        if answers or kind not in GENERATE_TAKES_END_OFF:
-            batch = _without_end(batch)
+    taken_off_later = not answers and kind in GENERATE_TAKES_END_OFF
+    if causal and not taken_off_later:
+        batch = _without_end(batch, tokenizer)
     if causal and not answers:
         return batch
 

@@ -42,20 +42,20 @@ def _tokenizers(processor):
 @contextmanager
 def _padding_on_the_left(processor) -> Iterator[None]:
     "While the block runs, a processor pads on the left, with a token that exists."
-    before = [
-        (tokenizer, tokenizer.padding_side, tokenizer.pad_token)
-        for tokenizer in _tokenizers(processor)
-    ]
+    tokenizers = _tokenizers(processor)
+    sides = [tokenizer.padding_side for tokenizer in tokenizers]
+    without_pad = [t for t in tokenizers if t.pad_token is None]
     try:
-        for tokenizer, _, pad_token in before:
+        for tokenizer in tokenizers:
             tokenizer.padding_side = "left"  # some processors read it from here
-            if pad_token is None:  # padding is masked, so any token will do
-                tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        for tokenizer in without_pad:  # padding is masked, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         yield
     finally:
-        for tokenizer, side, pad_token in before:
+        for tokenizer, side in zip(tokenizers, sides):
             tokenizer.padding_side = side
-            tokenizer.pad_token = pad_token
+        for tokenizer in without_pad:
+            tokenizer.pad_token = None
 
 
 def ends_each_text(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -105,6 +105,9 @@ class ExampleError(ValueError):
         self.prompt = prompt
         which = f" (its prompt: {prompt[:80]!r})" if isinstance(prompt, str) else ""
         super().__init__(f"example {index}: {reason}{which}")
+
+    def __reduce__(self):  # processes send their errors to each other
+        return type(self), (self.index, self.reason, self.prompt)
 
 # %% ../../nbs/reference/encoding.ipynb #1f34c835
 def _check_text(example, name, reserved):
@@ -179,13 +182,13 @@ def _check_examples(examples, images, names, processor):
             try:
                 _check_text(example, name, reserved)
             except ValueError as error:
-                raise ExampleError(i, str(error), example.get("prompt")) from None
+                raise ExampleError(i, str(error), example.get("prompt")) from error
     marked = any(_marks(example, processor) for example in examples)
     for i, example in enumerate(examples):
         try:
             _check_images(example, images[i], processor, marked)
         except ValueError as error:
-            raise ExampleError(i, str(error), example["prompt"]) from None
+            raise ExampleError(i, str(error), example["prompt"]) from error
 
 
 def _missing_lengths(processor):
@@ -280,6 +283,11 @@ def encode(
             batch = dict(_call(examples, images, processor))
         except Exception as error:
             raise _explained(error, examples, images, processor) from error
+    if not {"input_ids", "attention_mask"} <= batch.keys():
+        raise ValueError(
+            f"{type(processor).__name__} returns no tokens of a prompt with their "
+            f"attention mask, only {', '.join(batch)}: build the batches yourself"
+        )
     _check_places(examples, images, batch, processor)
     batch.pop("labels", None)  # PaliGemma's processor makes some without an answer
     return batch

@@ -244,6 +244,16 @@ def _ids_behind(prompts, texts, tokenizer):
     return found
 
 
+def _ended(ids, end, answer, tokenizer):
+    "Token ids with their end. Raises `ValueError` if the answer holds an end already."
+    if end in ids:
+        raise ValueError(
+            f"the answer {answer!r} contains {tokenizer.convert_ids_to_tokens(end)!r}, "
+            "which ends an answer and is added to each: remove it"
+        )
+    return [*ids, end]
+
+
 def answer_ids(
     answers: Sequence[str],  # (n,) the answers
     prompts: Sequence[str],  # (n,) the prompts as the model reads them
@@ -253,7 +263,7 @@ def answer_ids(
 
     A prompt in the chat template of the processor is answered in its form; behind any
     other prompt, the answer follows after a space and ends with the tokenizer's end
-    token. Raises `ValueError` if the tokenizer has no end token.
+    token. Raises `ValueError` if the tokenizer has no end token, or an answer holds it.
     """
     tokenizer = tokenizer_of(processor)
     forms = _forms(processor)
@@ -268,8 +278,10 @@ def answer_ids(
         before = "" if has_space or not answer else form.before
         texts.append(before + answer + form.after)
         ends.append(_end_id(form, tokenizer))
+    found = _ids_behind(prompts, texts, tokenizer)
     return [
-        [*ids, end] for ids, end in zip(_ids_behind(prompts, texts, tokenizer), ends)
+        _ended(ids, end, answer, tokenizer)
+        for ids, end, answer in zip(found, ends, answers)
     ]
 
 # %% ../../nbs/reference/prompts.ipynb #c94ae5c1
@@ -279,11 +291,12 @@ def decoder_ids(
 ) -> list[list[int]]:  # (n,) token ids, with the token that ends the answer
     """The token ids of answers as texts of their own, for the decoder that writes them.
 
-    Raises `ValueError` if the tokenizer has no end token.
+    Raises `ValueError` if the tokenizer has no end token, or an answer holds it.
     """
     tokenizer = tokenizer_of(processor)
     end = _end_id(_plain_form(tokenizer), tokenizer)
     if not answers:
         return []  # tokenizers do not take an empty list
     encoded = tokenizer(text_target=list(answers), padding=False, truncation=False)
-    return [ids if ids[-1:] == [end] else [*ids, end] for ids in encoded.input_ids]
+    found = [ids[:-1] if ids[-1:] == [end] else ids for ids in encoded.input_ids]
+    return [_ended(ids, end, answer, tokenizer) for ids, answer in zip(found, answers)]

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..data.collate import IGNORED
 from ..devices import input_device, is_placed, to_device
 from ..models.inputs import require_matching_batch
 from ressa.parts import (
@@ -112,20 +113,18 @@ class _Masks:
     "Which inputs of a layer are padding."
 
     def __init__(self, batch, model):
-        configs = [] if model is None else _configs(model)
         self.has_two_stacks = any(
-            getattr(config, "is_encoder_decoder", False) for config in configs
+            getattr(config, "is_encoder_decoder", False) for config in _configs(model)
         )
         self.is_token = self._as_bool(batch.get("attention_mask"))
         self.is_answer = self._as_bool(batch.get("decoder_attention_mask"))
         if self.is_answer is None and isinstance(batch.get("labels"), torch.Tensor):
-            self.is_answer = batch["labels"] != -100
+            self.is_answer = batch["labels"] != IGNORED
         self.masked_part = "vision" if "flattened_patches" in batch else "language"
-        names = [] if model is None else [name for name, _ in model.named_modules()]
         # without one, what a decoder's cross-attention reads is a picture
         self.encodes_text = self.has_two_stacks and any(
             path.endswith(("language_model.encoder", "encoder.text_model"))
-            for path in names
+            for path, _ in model.named_modules()
         )
         self.from_outside: dict[int, torch.Tensor] = {}  # address of memory → tensor
 
@@ -149,10 +148,11 @@ class _Masks:
     @contextmanager
     def watched(self, model, layers):
         "While the block runs, note what the attentions are handed from outside."
-        parents = {name.rpartition(".")[0] for name in layers}
+        wanted = set(layers.values())
         hooks = []
-        for parent in parents:
-            module = model.get_submodule(parent)
+        for module in model.modules():
+            if wanted.isdisjoint(module.children()):
+                continue
             names = list(inspect.signature(module.forward).parameters)
             hook = partial(self._note, names)
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -182,7 +182,7 @@ class _Inputs:
         method: Method,
         batch: dict,  # its attention mask says which tokens are padding
         part_of: Callable[[str], str],  # layer name → part
-        model: nn.Module | None = None,  # tells whether it has a decoder of its own
+        model: nn.Module,  # tells whether it has a decoder of its own
     ):
         self.method = method
         self.part_of = part_of

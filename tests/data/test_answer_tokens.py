@@ -194,7 +194,7 @@ def test_the_labels_are_what_the_model_has_to_write(name, kind):
 
 
 @pytest.mark.parametrize(
-    "name", set(TEMPLATES) - {"LLaVA", "no template", "thinks first"}
+    "name", sorted(set(TEMPLATES) - {"LLaVA", "no template", "thinks first"})
 )
 def test_prompt_and_labels_are_the_conversation_of_the_template(name):
     reader = processor(name)
@@ -264,6 +264,16 @@ def test_without_an_end_token_there_is_an_error(template):
     ):
         with pytest.raises(ValueError, match="no end token.*set tokenizer.eos_token"):
             call()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_answer_that_ends_itself_is_refused(causal):
+    reader = processor("no template")
+    with pytest.raises(ValueError, match="'red</s>' contains '</s>', which ends"):
+        collate([example(reader, "red</s>")], reader, causal=causal)
+    reader = processor("ChatML")
+    with pytest.raises(ValueError, match="'a<|im_end|>b' contains".replace("|", r"\|")):
+        collate([example(reader, "a<|im_end|>b")], reader)
 
 
 def test_an_end_token_of_the_template_is_enough():

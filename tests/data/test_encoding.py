@@ -1,5 +1,6 @@
 """A processor is not trusted: whatever it stores about padding, a batch is the same, and what does not fit is named."""
 
+import pickle
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import Blip2Processor
 
 from ressa.data.collate import collate
 from ressa.data.easy_vqa import easy_vqa_processor
-from ressa.data.encoding import LENGTHS, encode, ends_each_text
+from ressa.data.encoding import LENGTHS, ExampleError, encode, ends_each_text
 from ressa.data.prompts import tokenizer_of
 
 
@@ -267,6 +268,26 @@ def test_a_token_that_ends_a_text_does_not_end_a_prompt():
     assert_equal(collate(rows, tokenizer, answers=False), want[1])
     read = collate(rows, tokenizer, answers=False, causal=False)["input_ids"]
     assert (read == 2).sum(1).tolist() == [1, 1], "an encoder reads the end token"
+
+
+def test_an_error_can_be_sent_to_another_process():
+    error = ExampleError(3, "it has 2 images", "what?")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) and again.index == 3
+
+
+class NoTokens:
+    "A processor of images alone, as Donut's may be."
+
+    tokenizer = tiny_models.tokenizer()
+
+    def __call__(self, **options):
+        return {"pixel_values": torch.zeros(1)}
+
+
+def test_a_processor_that_returns_no_tokens_is_refused():
+    with pytest.raises(ValueError, match="NoTokens returns no tokens .* pixel_values"):
+        collate([{"prompt": "red", "image": None}], NoTokens())
 
 
 def test_a_language_model_has_a_tokenizer_and_no_image(data):

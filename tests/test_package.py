@@ -324,7 +324,7 @@ def test_no_paths_of_a_machine_and_no_pickles():
         "/root/",
         "/home/",
         "torch.load(",
-        "pickle.load",
+        "pickle.load(",
         "trust_remote_code=True",
     )
     for path in tracked():

@@ -120,7 +120,7 @@ def _prompts_as_read(examples, batch, tokenizer):
         prompts.append(prompt)
     return prompts
 
-
+# %% ../../nbs/reference/collate.ipynb #69116b09
 def collate(
     examples: Sequence[Mapping[str, Any]],  # each with image, prompt and answer
     processor: ProcessorMixin | PreTrainedTokenizerBase,  # the processor of the model

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -67,7 +66,9 @@ def require_matching_batch(
         return
     if token is None:
         raise ValueError(
-            "model.config.image_token_index is not set, so the model finds no place for "
+            """model.config.image_token_index is not set, so the model finds no place
+            for
+            """
             "an image: set it to the id of the processor's image token"
         )
     found = (ids == token).sum(1)

@@ -85,7 +85,7 @@ def _without_gguf(config):
         del config.quantization_config  # the stored weights are ordinary numbers
     return config
 
-
+# %% ../../nbs/reference/load_model.ipynb #91912441
 def load_checkpoint(
     name: str | Path,  # a folder or a hub id
     dtype: str | torch.dtype = "auto",  # as `pick_dtype` returns it

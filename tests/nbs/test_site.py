@@ -49,7 +49,7 @@ LOOK = """async () => {
         unfolded: all('main details[open]:not(.source)').length,
         solutions: all('main details:not(.source)').length,
         prose: (() => { const copy = document.querySelector('main')?.cloneNode(true); if (!copy) return '';
-            copy.querySelectorAll('pre, code, .highlight, .math, script, style, .output.text_plain').forEach(e => e.remove());
+            copy.querySelectorAll('dt, pre, code, .highlight, .math, script, style, .output.text_plain').forEach(e => e.remove());
             return copy.textContent; })(),
         widgets: all('.jupyter-widgets').length,
         empty: all('.jupyter-widgets img').filter(i => !i.naturalWidth).length}}"""
@@ -390,7 +390,7 @@ def test_links_between_sections():
 
 def test_no_raw_markup_is_read(pages):
     "What a reader sees is rendered: no table rows with pipes, no fences, no links in brackets."
-    raw = r"^\|.+\|$|^```|\]\(\S+\)|^#{1,6} |\*\*\w|<details|:::"
+    raw = r"^\|.+\|$|^```|\]\(\S+\)|^#{1,6} |\*\*\w[^*]*\*\*|<details|:::"
     found = {}
     for name, page in pages.items():
         lines = [line for line in page["prose"].splitlines() if re.search(raw, line)]

@@ -246,10 +246,11 @@ def _ids_behind(prompts, texts, tokenizer):
 
 def _ended(ids, end, answer, tokenizer):
     "Token ids with their end. Raises `ValueError` if the answer holds an end already."
-    if end in ids:
+    end_token = tokenizer.convert_ids_to_tokens(end)
+    if end_token in answer:
         raise ValueError(
-            f"the answer {answer!r} contains {tokenizer.convert_ids_to_tokens(end)!r}, "
-            "which ends an answer and is added to each: remove it"
+            f"the answer {answer!r} contains {end_token!r}, which ends an answer and is "
+            "added to each: remove it"
         )
     return [*ids, end]
 

@@ -287,7 +287,7 @@ class NoTokens:
 
 def test_a_processor_that_returns_no_tokens_is_refused():
     with pytest.raises(ValueError, match="NoTokens returns no tokens .* pixel_values"):
-        collate([{"prompt": "red", "image": None}], NoTokens())
+        collate([{"prompt": "red", "answer": "red"}], NoTokens())
 
 
 def test_a_language_model_has_a_tokenizer_and_no_image(data):

@@ -12,6 +12,34 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 import pytest
 import torch
 
+# Whole files that take long together, though each of their tests is short: they walk many
+# classes, devices or settings. `make quick` leaves them out; `make test` runs them.
+LONG_FILES = (
+    "test_placement_on_cards.py",
+    "test_offloaded.py",
+    "test_any_model.py",
+    "test_reliability.py",
+    "test_any_class.py",
+    "test_repair_safety.py",
+    "test_devices_of_training.py",
+    "test_answer_tokens.py",
+    "test_plain_greedy.py",
+    "test_encoding.py",
+    "test_weights.py",
+    "test_wrappers.py",
+    "test_allocation_study.py",
+    "test_anatomy.py",
+    "test_exercises.py",
+    "test_adapter_folders.py",
+    "test_real_training.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in LONG_FILES:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def seeded():

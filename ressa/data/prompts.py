@@ -254,7 +254,7 @@ def _ended(ids, end, answer, tokenizer):
         )
     return [*ids, end]
 
-
+# %% ../../nbs/reference/prompts.ipynb #78add6ce
 def answer_ids(
     answers: Sequence[str],  # (n,) the answers
     prompts: Sequence[str],  # (n,) the prompts as the model reads them

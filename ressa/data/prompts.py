@@ -249,7 +249,8 @@ def _ended(ids, end, answer, tokenizer):
     end_token = tokenizer.convert_ids_to_tokens(end)
     if end_token in answer:
         raise ValueError(
-            f"the answer {answer!r} contains {end_token!r}, which ends an answer and is "
+            f"the answer {answer!r} contains {end_token!r}, which ends an answer "
+            f"and is "
             "added to each: remove it"
         )
     return [*ids, end]

@@ -28,7 +28,7 @@ lab: $(VENV)/developing
 	$(BIN)/jupyter lab --notebook-dir nbs
 
 student: $(VENV)/developing
-	$(BIN)/python nbs/site/student.py
+	$(BIN)/python nbs/site/student_copies.py
 
 export: $(VENV)/developing
 	$(BIN)/ruff format --quiet nbs

@@ -12,7 +12,7 @@ _HOME = {  # public name → the module that defines it
     "load_bundled": "models.bundled",
     "modality_map": "parts",
     "load_easy_vqa": "data.easy_vqa",
-    "load_data": "data.hub",
+    "load_data": "data.load_data",
     "collate": "data.collate",
     "calibration_batch": "data.collate",
     "prune": "pruning.engine",
@@ -72,7 +72,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .checkpoints.sparse import load_sparse, pack, save_sparse, unpack
     from .data.collate import calibration_batch, collate
     from .data.easy_vqa import load_easy_vqa
-    from .data.hub import load_data
+    from .data.load_data import load_data
     from .evaluation.answers import answer, evaluate
     from .evaluation.intervals import won_back
     from .models.bundled import load_bundled

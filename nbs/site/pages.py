@@ -22,7 +22,7 @@ REFERENCE_ORDER = {
     ],
     "Data": [
         "easy_vqa",
-        "hub",
+        "load_data",
         "columns",
         "tables",
         "pictures",
@@ -63,7 +63,7 @@ REFERENCE_ORDER = {
         "files",
     ],
     "Command": [],  # whatever begins with `command`, and results and report
-    "Course": ["figures", "palette", "explorers", "checking", "studies", "bench"],
+    "Course": ["page_style", "palette", "explorers", "checking", "studies", "bench"],
 }
 
 

@@ -34,7 +34,7 @@ from ressa.cli.results import (
 from ..data.collate import draw_examples
 from ..data.easy_vqa import load_easy_vqa, training_examples
 from ..data.held_out import count_seen, hold_out, without_pictures_of
-from ..data.hub import default_split, load_data
+from ..data.load_data import default_split, load_data
 from ..devices import pick_device
 from ..evaluation.answers import blind
 from ..files import Steps, read_json, save_model, write_json

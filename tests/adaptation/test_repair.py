@@ -166,6 +166,8 @@ def test_resumed_at_any_step_equals_uninterrupted(
     whole = repaired_copy(folder=tmp_path / "run", **options)
     kept = (tmp_path / "run").rename(tmp_path / "kept")
     for last in (1, 3, 4):
+        (tmp_path / "run").mkdir()
+        shutil.copy(kept / "repair.json", tmp_path / "run")
         for step in range(1, last + 1):
             name = f"checkpoint-{step}"
             shutil.copytree(kept / name, tmp_path / "run" / name)

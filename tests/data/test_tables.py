@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, List
 from tiny_models import picture
 
 from ressa.data.columns import standard_examples
-from ressa.data.hub import load_data
+from ressa.data.load_data import load_data
 from ressa.data.tables import read_csv, read_json_rows
 
 # texts that some reader takes for something else

@@ -18,7 +18,7 @@ from notebooks import NBS, flags, name_of
 
 sys.path.insert(0, str(NBS / "site"))
 from pages import COURSE  # noqa: E402
-from student import handed_out, student  # noqa: E402
+from student_copies import handed_out, student  # noqa: E402
 
 HEADING = re.compile(r"^\*\*(\d) · (.+?)\*\* \(difficulty [123], \d+ minutes\)", re.M)
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>(.*?)</details>", re.S)

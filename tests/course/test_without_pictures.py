@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ressa.course.calibration import grey_images, noise_images
+from ressa.course.without_pictures import grey_images, noise_images
 
 
 @pytest.mark.parametrize("change", [grey_images, noise_images])

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 import transformers
 
-from ressa.course.figures import FIGURE_STYLE, start_page
+from ressa.course.page_style import FIGURE_STYLE, start_page
 
 
 @pytest.fixture

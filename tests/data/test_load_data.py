@@ -8,9 +8,9 @@ from data_sets import SCHEMAS, STANDARD_COLUMNS, made, references
 from datasets import Dataset
 from tiny_models import picture
 
-from ressa.data import hub
+from ressa.data import load_data as load_data_module
 from ressa.data.easy_vqa import load_easy_vqa
-from ressa.data.hub import load_data
+from ressa.data.load_data import load_data
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -186,7 +186,7 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, error, what_to_do):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(hub, "load_dataset_builder", fail)
+    monkeypatch.setattr(load_data_module, "load_dataset_builder", fail)
     with pytest.raises(ValueError, match=what_to_do) as caught:
         load_data("x/y", "validation")
     assert len(str(caught.value).splitlines()) == 1

@@ -15,6 +15,7 @@ import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from notebooks import NBS, flags, name_of
+from warm_kernels import WarmKernelManager
 
 sys.path.insert(0, str(NBS / "site"))
 from pages import COURSE  # noqa: E402
@@ -190,6 +191,7 @@ def test_a_copy_runs_up_to_its_first_stub():
         copy,
         timeout=300,
         kernel_name="python3",
+        kernel_manager_class=WarmKernelManager,
         resources={"metadata": {"path": str(path.parent)}},
     )
     with pytest.raises(CellExecutionError, match="NotImplementedError"):

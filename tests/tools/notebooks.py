@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from warm_kernels import WarmKernelManager
 
 ROOT = Path(__file__).parent.parent.parent
 NBS = ROOT / "nbs"
@@ -52,6 +53,7 @@ def run(path, skip=("gpu", "slow")):
         notebook,
         timeout=3600 if "slow" not in skip else 300,
         kernel_name="python3",
+        kernel_manager_class=WarmKernelManager,
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     ).execute()
@@ -131,6 +133,8 @@ if __name__ == "__main__":
         if names and not {path.stem, name_of(path)} & set(names):
             continue
         print(name_of(path), flush=True)
-        nbformat.write(
-            run(path, ("gpu",) if "--slow" in sys.argv else ("gpu", "slow")), path
-        )
+        before = path.read_bytes()
+        new = run(path, ("gpu",) if "--slow" in sys.argv else ("gpu", "slow"))
+        if path.read_bytes() != before:
+            sys.exit(f"{path} was edited while it ran: its outputs are not written")
+        nbformat.write(new, path)

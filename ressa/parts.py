@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'PARTS', 'BEGINS', 'CLASSES', 'LINEAR', 'require_unwrapped', 'require_bare', 'part_roots', 'linear_shape',
-           'ModalityMap', 'modality_map', 'per_layer']
+           'output_head', 'ModalityMap', 'modality_map', 'per_layer']
 
 # %% ../nbs/reference/parts.ipynb #50fe1476
 import difflib
@@ -12,6 +12,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -334,15 +335,21 @@ def _unread_modules(model, roots, writes):
     return unread
 
 # %% ../nbs/reference/parts.ipynb #bcac2609
-def _output_head(model, roots):
-    "The layer that computes logits over words; None in a model that does not write."
-    language = [path for path, part in roots.items() if part == "language"]
-    for owner in (model, *map(model.get_submodule, language)):
-        if hasattr(owner, "get_output_embeddings"):
-            head = owner.get_output_embeddings()
-            if head is not None:
-                return head
-        head = getattr(owner, "lm_head", None)
+def output_head(
+    model: nn.Module,  # any model
+) -> nn.Module | None:  # None in a model that does not write
+    """The layer that computes logits over words.
+
+    It is that of the model itself or, if it has none, of the first module inside it
+    with one.
+    """
+    for module in model.modules():
+        head = None
+        if hasattr(module, "get_output_embeddings"):
+            with suppress(AttributeError, NotImplementedError):
+                head = module.get_output_embeddings()
+        if head is None:
+            head = getattr(module, "lm_head", None)
         if head is not None:
             return head
     return None
@@ -404,7 +411,7 @@ def modality_map(
     """
     require_unwrapped(model)
     roots = part_roots(model)
-    head = _output_head(model, roots)
+    head = output_head(model)
     unread = tuple(
         f"{path}." for path in _unread_modules(model, roots, writes=head is not None)
     )

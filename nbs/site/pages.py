@@ -37,7 +37,7 @@ REFERENCE_ORDER = {
     "Evaluation": [
         "answers",
         "metrics",
-        "intervals",
+        "score_intervals",
         "perplexity",
         "retrieval",
         "lmms_eval",
@@ -54,13 +54,21 @@ REFERENCE_ORDER = {
         "gpu",
     ],
     "Allocation": ["budgets", "rules", "search"],
-    "Adaptation": ["repair", "adapters", "teachers", "trainer"],
+    "Adaptation": [
+        "repair",
+        "adapters",
+        "adapter_checks",
+        "kept_masks",
+        "teachers",
+        "trainer",
+    ],
     "Checkpoints": [
         "packing",
         "sparse_checkpoints",
         "adapter_folders",
         "semi_structured",
         "files",
+        "progress",
     ],
     "Command": [],  # whatever begins with `command`, and results and report
     "Course": ["page_style", "palette", "explorers", "checking", "studies", "bench"],

@@ -359,6 +359,7 @@ def repair(
     seed: int = 0,  # of the adapters and of the order of the examples
     held_out=None,  # examples to score before and after, with question_type
     patience: int | None = None,  # stop after so many tenths of `steps` in vain
+    data_collator=None,  # examples → batch; None: `collate_targets` with the processor
     **arguments,  # of `RessaArguments`: distill_weight, temperature, bf16, …
 ) -> RepairReport:
     """Train a pruned model to answer as its teacher does, keep its zeros, and merge.
@@ -392,7 +393,13 @@ def repair(
             trained = trainable_weights(student)
             datasets = dict(train_dataset=data, eval_dataset=watched)
             trainer = RessaTrainer(
-                student, args, teacher, processor, callbacks=callbacks, **datasets
+                student,
+                args,
+                teacher,
+                processor,
+                callbacks=callbacks,
+                data_collator=data_collator,
+                **datasets,
             )
             _train_or_resume(trainer, checkpoints)
             model = _merged(student, adapter, masks, device)

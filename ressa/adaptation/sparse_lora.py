@@ -19,19 +19,17 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ressa.adaptation.adapter_checks import (
-    KeepsMask,
     chosen_layers,
     require_fitting_patterns,
-    require_masks,
     require_supported_options,
     require_unpruned_saved_modules,
 )
+from .kept_masks import KeepsMask, require_masks
 from ..parts import PARTS, modality_map, per_layer
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #c9a939ba
@@ -161,7 +159,7 @@ def sparse_lora_linear(
     return _SparseLora.apply(x, weight, bias, A, B, scale)
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #b8fe8655
-class SparseLoraLinear(KeepsMask, LoraLinear):
+class SparseLoraLinear(KeepsMask):
     """A PEFT LoRA layer whose update is masked by the zeros of its base weight.
 
     Dropout drops whole ranks of the update, where PEFT's layer drops entries of its

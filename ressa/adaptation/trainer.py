@@ -19,7 +19,7 @@ from transformers.training_args import ParallelMode
 
 from ressa.adaptation.distillation import (
     Targets,
-    answer_logits,
+    flat_logits,
     loss_terms,
     require_positions,
     require_temperature,
@@ -30,11 +30,12 @@ from ressa.adaptation.teachers import (
     ModelTeacher,
     SelfTeacher,
     collate_targets,
+    distilled_tokens,
     model_inputs,
 )
 from ..data.collate import collate
 from ..devices import is_placed, require_in_memory
-from ..models.inputs import is_causal, require_matching_batch
+from ..models.inputs import is_causal, picture_tokens, require_matching_batch
 
 # %% ../../nbs/reference/trainer.ipynb #2849e786
 class _QuietProgress(ProgressCallback):
@@ -72,7 +73,11 @@ class RessaArguments(TrainingArguments):
         default=1.0, metadata={"help": "T of the softened distributions"}
     )
     positions: str = field(
-        default="answer", metadata={"help": "distil on 'answer' tokens or on 'all'"}
+        default="answer",
+        metadata={
+            "help": "where the teacher teaches: at 'all' tokens, at all of the 'text', "
+            "or at those of the 'answer'"
+        },
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
     remove_unused_columns: bool = field(
@@ -108,16 +113,18 @@ class RessaArguments(TrainingArguments):
 
 # %% ../../nbs/reference/trainer.ipynb #abcce36f
 def _check_targets(which, examples, args):
-    "Raises `ValueError` unless the examples hold targets made for this temperature."
+    "Raises `ValueError` unless examples hold targets that fit the arguments."
     example = next(iter(examples))
     if "teacher_words" not in example:
         raise ValueError(
             f"the {which} examples hold no targets: make them with "
             "cache_targets(teacher, data, processor, file)"
         )
-    if args.positions != "answer":
+    cached_of = example.get("teacher_positions", args.positions)
+    if cached_of != args.positions:
         raise ValueError(
-            "positions='all' needs a teacher model: only answers have cached targets"
+            f"positions={args.positions!r}, but the targets were cached for "
+            f"{cached_of!r}: pass cache_targets the same positions"
         )
     cached_at = example.get("teacher_temperature", args.temperature)
     if cached_at != args.temperature:
@@ -180,16 +187,26 @@ class _Step(NamedTuple):
 
 # %% ../../nbs/reference/trainer.ipynb #09d1e96f
 class _WithRessaLoss(_MeansLogged):
-    "The RESSA loss of a batch; `teacher` and `causal` are set by `RessaTrainer`."
+    """The RESSA loss of a batch.
+
+    `teacher`, `causal` and `pictures` (tokens) are set by `RessaTrainer`.
+    """
 
     def _targets(self, student, inputs, labels):
-        "The teacher's logits of all tokens, or its targets of the answer tokens."
+        "What the teacher says, and where: targets and positions of `loss_terms`."
         found = self.teacher(student, inputs)
-        if isinstance(found, Targets) or self.args.positions == "all":
-            return found
-        # Only the answers are kept while the student computes its own logits.
-        logits, _ = answer_logits(found, labels, self.causal)
-        return Targets(logits)
+        positions = self.args.positions
+        is_cached = isinstance(found, Targets)
+        if positions == "all" and not is_cached:
+            return found, "all"  # padding too, as in the paper's code
+        distilled = distilled_tokens(
+            inputs, labels, positions, causal=self.causal, pictures=self.pictures
+        )
+        if not is_cached:
+            # Only these rows are kept while the student computes its own logits.
+            found = Targets(flat_logits(found, labels)[distilled.flatten()])
+        # A mean over answer tokens has a word, not a mask: see `loss_terms`.
+        return found, "answer" if positions == "answer" else distilled
 
     def _step_of(self, model, num_items_in_batch):
         "The step of a batch; in an evaluation, a batch is one of its own."
@@ -202,7 +219,7 @@ class _WithRessaLoss(_MeansLogged):
         batches = processes * self.current_gradient_accumulation_steps
         return _Step(num_items_in_batch, batches, processes)
 
-    def _shares(self, logits, targets, labels, step):
+    def _shares(self, logits, targets, labels, positions, step):
         "What the batch adds to both terms of its step."
         task, divergence = loss_terms(
             logits,
@@ -210,10 +227,10 @@ class _WithRessaLoss(_MeansLogged):
             labels,
             temperature=self.args.temperature,
             shift=self.causal,
-            positions=self.args.positions,
+            positions=positions,
             tokens=step.tokens,
         )
-        if self.args.positions == "all":
+        if self.args.positions != "answer":
             # A mean over the batch's examples; the step's is the mean over its batches.
             divergence = divergence / step.batches
         return task, divergence
@@ -232,14 +249,16 @@ class _WithRessaLoss(_MeansLogged):
             # Given labels, the model would compute a loss of its own beside ours.
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
         weight = self.args.distill_weight
-        targets = None
+        targets, positions = None, "answer"
         if weight > 0:
             student = self.accelerator.unwrap_model(model)
-            targets = self._targets(student, inputs, labels)
+            targets, positions = self._targets(student, inputs, labels)
         outputs = model(**model_inputs(inputs))
 
         step = self._step_of(model, num_items_in_batch)
-        task, divergence = self._shares(outputs.logits, targets, labels, step)
+        task, divergence = self._shares(
+            outputs.logits, targets, labels, positions, step
+        )
         self._note_terms(task, divergence, step, model.training)
         # DDP averages gradients over processes, and shares are to be added.
         loss = ressa_loss(task, divergence, weight) * step.processes
@@ -297,13 +316,14 @@ class RessaTrainer(_WithRessaLoss):
         if is_placed(model):  # FSDP has placeholders of its own, and fills them
             require_in_memory(model, "RessaTrainer")
         self.causal = is_causal(model)
+        self.pictures = picture_tokens(model)
         self.teacher = _as_teacher(teacher, model, args.device)
-        if processor is not None:
+        if processor is not None and kwargs.get("data_collator") is None:
             _check_processor(processor, model, kwargs.get("train_dataset"), self.causal)
             collator = functools.partial(
                 collate_targets, processor=processor, causal=self.causal
             )
-            kwargs.setdefault("data_collator", collator)
+            kwargs["data_collator"] = collator
         super().__init__(model, args, processing_class=processor, **kwargs)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)

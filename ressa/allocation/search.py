@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ressa.allocation.budgets import (
-    ROUNDING_SLACK,
     LayerSteps,
     layer_groups,
     meet_budget,
@@ -27,6 +26,7 @@ from .rules import calibration_loss
 from ..devices import input_device, require_in_memory, to_device
 from ..parts import modality_map, per_layer
 from ..pruning.engine import input_statistics
+from ..pruning.masks import pruned_count
 from ..pruning.methods import method_of, prune_weights
 from ..pruning.statistics import unusable
 
@@ -103,13 +103,11 @@ def before_language(
         inputs.update(kwargs)
         raise _LanguageReached
 
-    hook = language.register_forward_pre_hook(keep_inputs, with_kwargs=True)
-    try:
-        model(**batch)
-    except _LanguageReached:
-        return language, inputs | {"labels": batch["labels"]}
-    finally:
-        hook.remove()
+    with language.register_forward_pre_hook(keep_inputs, with_kwargs=True):
+        try:
+            model(**batch)
+        except _LanguageReached:
+            return language, inputs | {"labels": batch["labels"]}
     return model, batch  # the forward pass did not reach the language model
 
 # %% ../../nbs/reference/search.ipynb #341d49d3
@@ -251,7 +249,7 @@ def search(
     even = meet_budget(shapes, dict.fromkeys(shapes, sparsity), sparsity, **options)
     free = [name for name in shapes if name not in fixed]
     grid = _Grid(layer_groups(model, free, by), shapes, m or steps, m)
-    limit = min(grid.steps - 1, int(max_sparsity * grid.steps + ROUNDING_SLACK))
+    limit = min(grid.steps - 1, pruned_count(max_sparsity, grid.steps))
     start_counts = dict.fromkeys(grid.groups, min(round(start * grid.steps), limit))
     wanted = sum(zeros_of(even[name], shapes[name]) for name in free)
 

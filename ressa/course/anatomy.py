@@ -11,6 +11,7 @@ from collections import Counter
 import torch
 from torch import nn
 
+from ..data.collate import IGNORED
 from ..parts import modality_map
 
 # %% ../../nbs/reference/any_vlm.ipynb #1c2e467c
@@ -73,7 +74,7 @@ def looks_ahead(
 ) -> bool:
     "Whether logits before the last answer token depend on that token."
     batch = dict(batch)
-    place = int((batch["labels"][0] != -100).nonzero().max())
+    place = int((batch["labels"][0] != IGNORED).nonzero().max())
     if causal:
         key = "input_ids"
         del batch["labels"]

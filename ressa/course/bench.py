@@ -58,15 +58,11 @@ def one_look_per_image(
     def repeat(module, args, output):
         return _take(output, image_numbers.pop())
 
-    hooks = [
+    with (
         vision.register_forward_pre_hook(drop_repeated, with_kwargs=True),
         vision.register_forward_hook(repeat),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 # %% ../../nbs/reference/bench.ipynb #03daed53
 @dataclass

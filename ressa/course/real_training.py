@@ -6,9 +6,9 @@
 __all__ = ['VISION', 'SKIPPED_FOLDERS', 'SHORTEST_DOCSTRING', 'COSINE_SCALE', 'VISION_LR', 'VISION_LOG_STEPS', 'LOW_RANK_LAYERS',
            'OPTIMIZER_STATE', 'TRAINED_PARTS', 'WARM_UP_STEPS', 'FALLING_SHARE', 'REWORDED_SHARE', 'LOG_STEPS',
            'Recipe', 'byte_tokenizer', 'tiny_real', 'PictureWithQuestions', 'read_pictures', 'read_docstrings',
-           'bundled_vision', 'word_vectors', 'words_loss', 'teach_vision', 'Packed', 'pack', 'LowRank', 'add_low_rank',
-           'without_low_rank', 'answer_logits', 'share_right', 'kl_to_before', 'save_progress', 'load_progress',
-           'trained_tensors', 'store_trained', 'teach_answers', 'train_real']
+           'bundled_vision', 'word_vectors', 'words_loss', 'teach_vision', 'PackedQuestions', 'pack_questions',
+           'LowRank', 'add_low_rank', 'without_low_rank', 'logits_of_answers', 'share_right', 'kl_to_before',
+           'save_progress', 'load_progress', 'trained_tensors', 'store_trained', 'teach_answers', 'train_real']
 
 # %% ../../nbs/studies/real_training.ipynb #b94e4bae
 import ast
@@ -343,7 +343,7 @@ def teach_vision(
 
 # %% ../../nbs/studies/real_training.ipynb #27b5b70e
 @dataclass
-class Packed:
+class PackedQuestions:
     "A batch of sequences, each with one image and many questions about it."
 
     input_ids: torch.Tensor  # (n, tokens)
@@ -368,17 +368,17 @@ def _around_question(processor):
 
 
 def _mask_of(question):
-    "What each token sees, for `Packed.question`: (n, 1, tokens, tokens), to be added."
+    "What each token sees, for `PackedQuestions.question`: (n, 1, tokens, tokens), to be added."
     seen = (question[:, None, :] == question[:, :, None]) | (question[:, None, :] == 0)
     seen = (seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril())[:, None]
     hidden = torch.finfo(torch.float32).min
     return torch.zeros(seen.shape).masked_fill(~seen, hidden)
 
 # %% ../../nbs/studies/real_training.ipynb #6d0fff52
-def pack(
+def pack_questions(
     pairs_of_images: Sequence[Sequence[tuple[str, str]]],  # questions and answers
     processor,  # from `real_processor`
-) -> Packed:
+) -> PackedQuestions:
     """Write one sequence for each image: the image, then its questions side by side.
 
     Answers begin with a space and end with the end token.
@@ -417,7 +417,7 @@ def pack(
         name: nn.utils.rnn.pad_sequence(rows, True, padding[name])
         for name, rows in columns.items()
     }
-    return Packed(mask=_mask_of(padded["question"]), **padded)
+    return PackedQuestions(mask=_mask_of(padded["question"]), **padded)
 
 # %% ../../nbs/studies/real_training.ipynb #81baa141
 LOW_RANK_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")  # of attention
@@ -473,10 +473,10 @@ def without_low_rank(
             layer.enabled = True
 
 # %% ../../nbs/studies/real_training.ipynb #024f59bc
-def answer_logits(
+def logits_of_answers(
     model,  # the whole model
     pixels: torch.Tensor,  # (n, 3, size, size)
-    packed: Packed,  # questions about these images
+    packed: PackedQuestions,  # questions about these images
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (answer tokens, vocabulary), (n, tokens - 1)
     "Logits at all tokens of answers, and the places of these tokens among the labels."
     inner = model.model
@@ -507,9 +507,9 @@ def share_right(
     total = 0
     for start in range(0, len(pictures), batch_size):
         chosen = pictures[start : start + batch_size]
-        packed = pack([p.pairs for p in chosen], processor)
+        packed = pack_questions([p.pairs for p in chosen], processor)
         pixels = torch.stack([p.pixels for p in chosen])
-        logits, is_answer = answer_logits(model, pixels, packed)
+        logits, is_answer = logits_of_answers(model, pixels, packed)
         is_right = torch.ones_like(is_answer)
         is_right[is_answer] = logits.argmax(-1) == packed.labels[:, 1:][is_answer]
         for picture, numbers, hits in zip(chosen, packed.question[:, 1:], is_right):
@@ -674,8 +674,8 @@ def _training_loss(model, pictures, texts, processor, recipe, step):
     chosen = [pictures[i] for i in order.tolist()]
     pixels = _mirrored(torch.stack([p.pixels for p in chosen]), generator)
     pairs = [_choose_questions(p, recipe.questions, generator) for p in chosen]
-    packed = pack(pairs, processor)
-    logits, is_answer = answer_logits(model, pixels, packed)
+    packed = pack_questions(pairs, processor)
+    logits, is_answer = logits_of_answers(model, pixels, packed)
     loss = F.cross_entropy(logits, packed.labels[:, 1:][is_answer])
     numbers = {"loss": loss.item(), "kl": None, "questions": sum(map(len, pairs))}
     if recipe.kl_weight and step % recipe.kl_every == 0:

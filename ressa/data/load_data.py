@@ -44,7 +44,7 @@ def _best_split(available):
     return available[0]
 
 
-def _default_split(name, config):
+def _split_by_builder(name, config):
     "The split of a data set of the hub, or of a folder, that is read if none is named."
     return _best_split(get_dataset_split_names(name, config))
 
@@ -122,7 +122,7 @@ def _csv_files(builder, split):
 # %% ../../nbs/reference/load_data.ipynb #00f95af3
 def _read_named(name, config, split, limit):
     "A data set of the hub, or a folder of files."
-    split = split or _default_split(name, config)
+    split = split or _split_by_builder(name, config)
     sliced = "[" in split  # such as "train[:1000]", which a stream cannot do
     files = _csv_files(load_dataset_builder(name, config), split)
     if files is not None:
@@ -239,9 +239,9 @@ def default_split(
         if (path / "state.json").is_file() or (path / "metadata.csv").is_file():
             return "train"
         if path.is_dir():
-            return _default_split(str(name), config)
+            return _split_by_builder(str(name), config)
         _require_hub_id(str(name))
         with cache_alone_if_unreachable():
-            return _default_split(str(name), config)
+            return _split_by_builder(str(name), config)
     except Exception as error:  # loaders raise many kinds
         raise ValueError(f"data {name}: {advice(error)}") from error

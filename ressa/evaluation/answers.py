@@ -23,8 +23,8 @@ from ..data.collate import GENERATE_TAKES_END_OFF, IGNORED, collate
 from ..data.encoding import ExampleError
 from ..data.prompts import end_token_ids, tokenizer_of
 from ..devices import input_device, require_in_memory, to_device
-from .intervals import interval
 from .metrics import METRICS, cider, metric_of, references_of
+from .score_intervals import score_interval
 from ..models.inputs import evaluation_mode, is_causal, require_matching_batch
 
 # %% ../../nbs/reference/answers.ipynb #8638f1da
@@ -262,8 +262,8 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        "95 % bootstrap interval of the score."
-        return interval(self.values)
+        "95 % interval of the score, see `score_interval`."
+        return score_interval(self.values)
 
     def by_type(self) -> dict[str, "Evaluation"]:
         "Question type → the evaluation of its examples, sorted by type."

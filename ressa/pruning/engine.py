@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -149,19 +149,16 @@ class _Masks:
     def watched(self, model, layers):
         "While the block runs, note what the attentions are handed from outside."
         wanted = set(layers.values())
-        hooks = []
-        for module in model.modules():
-            if wanted.isdisjoint(module.children()):
-                continue
-            names = list(inspect.signature(module.forward).parameters)
-            hook = partial(self._note, names)
-            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.from_outside.clear)
+            for module in model.modules():
+                if wanted.isdisjoint(module.children()):
+                    continue
+                names = list(inspect.signature(module.forward).parameters)
+                note = partial(self._note, names)
+                hook = module.register_forward_pre_hook(note, with_kwargs=True)
+                undo.enter_context(hook)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.from_outside.clear()
 
     def _note(self, names, module, args, kwargs):
         "Remember the arguments that come from outside."

@@ -310,12 +310,12 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, monkeypatch, capsys, 
 
 
 def test_stopped_by_ctrl_c(tmp_path, monkeypatch, capsys):
-    from ressa.cli import walk
+    from ressa.cli import main_job
 
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(walk, "load_model", stop)
+    monkeypatch.setattr(main_job, "load_model", stop)
     code, _, error = run(capsys, "repair", "--out", tmp_path / "out")
     assert code == 130 and "stopped. What was done is kept" in error
 

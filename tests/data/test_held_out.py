@@ -8,7 +8,7 @@ from datasets import Dataset
 from tiny_models import picture
 
 from ressa.cli.app import parse
-from ressa.cli.walk import load_tests, load_training, separate
+from ressa.cli.main_job import load_tests, load_training, separate
 from ressa.data.columns import standard_examples
 from ressa.data.held_out import count_seen, hold_out, without_pictures_of
 

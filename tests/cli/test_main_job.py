@@ -5,9 +5,9 @@ from argparse import Namespace
 
 import pytest
 
-from ressa.cli import walk
+from ressa.cli import main_job
 from ressa.cli.app import parse
-from ressa.cli.walk import (
+from ressa.cli.main_job import (
     draw_calibration,
     load_tests,
     load_training,
@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     "Ctrl-C as the second training begins: only that training is made again."
     options = "--limit 10 --steps 2 --batch-size 4 --calibration 8".split()
     args = parse(["repair", *options, "--out", str(tmp_path / "out")])
-    repair, adapters = walk.repair, []
+    repair, adapters = main_job.repair, []
 
     def stopped(*given, adapter, **more):
         if adapter == "sparselora":
@@ -100,14 +100,14 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         return repair(*given, adapter=adapter, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(walk, "repair", stopped)
+        patched.setattr(main_job, "repair", stopped)
         with pytest.raises(KeyboardInterrupt):
-            walk.walk(args)
+            main_job.main_job(args)
     kept = json.loads((tmp_path / "out" / "steps.json").read_text())
     assert "plain_lora" in kept and "repaired" not in kept
-    monkeypatch.setattr(walk, "repair", watched)
-    results = walk.walk(args)
+    monkeypatch.setattr(main_job, "repair", watched)
+    results = main_job.main_job(args)
     assert adapters == ["sparselora"]
     assert results["plain_lora"]["accuracy"] == kept["plain_lora"]["accuracy"]
-    assert walk.walk(args)["repaired"] == json.loads(json.dumps(results["repaired"]))
+    assert main_job.main_job(args)["repaired"] == json.loads(json.dumps(results["repaired"]))
     assert adapters == ["sparselora"]  # a run that has ended trains nothing

@@ -10,11 +10,11 @@ from ressa.course.real_training import (
     PictureWithQuestions,
     Recipe,
     add_low_rank,
-    answer_logits,
     bundled_vision,
     kl_to_before,
     load_progress,
-    pack,
+    logits_of_answers,
+    pack_questions,
     read_docstrings,
     save_progress,
     share_right,
@@ -56,7 +56,7 @@ def changed_model():
 
 def test_a_question_sees_the_image_and_itself():
     _, processor = tiny_real()
-    packed = pack([PAIRS, PAIRS[:1]], processor)
+    packed = pack_questions([PAIRS, PAIRS[:1]], processor)
     seen = packed.mask[:, 0] == 0
     numbers = packed.question
     for i in range(2):
@@ -75,12 +75,12 @@ def test_packed_questions_get_the_logits_that_they_get_alone():
     model, processor = changed_model()
     picture = pictures(1)[0]
     model.config.text_config._attn_implementation = "eager"
-    packed = pack([PAIRS], processor)
-    logits, _ = answer_logits(model, picture.pixels[None], packed)
+    packed = pack_questions([PAIRS], processor)
+    logits, _ = logits_of_answers(model, picture.pixels[None], packed)
     alone = []
     for pair in PAIRS:
-        one = pack([[pair]], processor)
-        alone.append(answer_logits(model, picture.pixels[None], one)[0])
+        one = pack_questions([[pair]], processor)
+        alone.append(logits_of_answers(model, picture.pixels[None], one)[0])
     torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_a_packed_question_has_the_tokens_of_the_processor():
         "answer": reply,
     }
     batch = collate([example], processor)
-    packed = pack([PAIRS[:1]], processor)
+    packed = pack_questions([PAIRS[:1]], processor)
     assert torch.equal(packed.input_ids, batch["input_ids"])
     assert torch.equal(packed.labels, batch["labels"])
 
@@ -220,11 +220,13 @@ def test_what_is_stored_can_be_merged(tmp_path):
 def test_share_right_counts_whole_answers(monkeypatch):
     model, processor = tiny_real()
     picture = pictures(1)[0]
-    packed = pack([PAIRS], processor)
+    packed = pack_questions([PAIRS], processor)
     is_answer = packed.labels[:, 1:] != -100
     wanted = F.one_hot(packed.labels[:, 1:][is_answer], 300).float()
     wanted[0] = 0  # one token of the first answer is wrong
-    monkeypatch.setattr(real_training, "answer_logits", lambda *_: (wanted, is_answer))
+    monkeypatch.setattr(
+        real_training, "logits_of_answers", lambda *_: (wanted, is_answer)
+    )
     assert share_right(model, [picture], processor) == 2 / 3
 
 

@@ -10,9 +10,9 @@ import transformers
 
 from ressa.data.collate import collate
 from ressa.models.inputs import is_causal
-from ressa.parts import modality_map
+from ressa.parts import modality_map, output_head
 from ressa.pruning.engine import prune
-from ressa.pruning.passes import in_pieces, output_head, picture_counts
+from ressa.pruning.passes import in_pieces, picture_counts
 
 # --- classes that have no small processor: models with batches made by hand
 

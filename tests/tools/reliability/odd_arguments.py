@@ -70,6 +70,7 @@ LEFT_OUT_MODULES = {  # name → why
     "ressa.models.real": "reads a large language model, see models/test_real",
     "ressa.course.real_training": "trains for hours, see course/test_real_training",
     "ressa.adaptation.adapter_checks": "see adaptation/test_adapter_checks",
+    "ressa.adaptation.kept_masks": "see adaptation/test_kept_masks",
     "ressa.course.checks": "see nbs/test_exercises",
 }
 LEFT_OUT = {  # name → why

@@ -269,12 +269,12 @@ LINEAR = (nn.Linear, Conv1D)
 
 
 def linear_shape(
-    layer: nn.Module,  # one of the classes in `LINEAR`
+    layer: nn.Linear | Conv1D,  # one of the classes in `LINEAR`
 ) -> tuple[int, int]:  # (out, in)
     "The number of outputs and inputs of a linear layer."
-    if isinstance(layer, Conv1D):
-        return layer.nf, layer.nx
-    return layer.out_features, layer.in_features
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.nf, layer.nx
 
 
 def _why_dense(module, head, times_used):
@@ -327,9 +327,7 @@ def _unread_modules(model, roots, writes):
     for root, part in roots.items():
         if part != "vision":
             continue
-        if (
-            writes
-        ):  # models that compare read the pooled output, those that write do not
+        if writes:  # models that compare texts and images read the pooled output
             unread += [f"{root}.head", f"{root}.pooler"]
         unread += _unread_blocks(model, root)
     return unread
@@ -344,10 +342,11 @@ def output_head(
     with one.
     """
     for module in model.modules():
+        find_head = getattr(module, "get_output_embeddings", None)
         head = None
-        if hasattr(module, "get_output_embeddings"):
+        if find_head is not None:
             with suppress(AttributeError, NotImplementedError):
-                head = module.get_output_embeddings()
+                head = find_head()
         if head is None:
             head = getattr(module, "lm_head", None)
         if head is not None:
@@ -484,9 +483,7 @@ def per_layer(
     for key, value in setting.items():
         exactness, names = _layers_meant(key, mmap)
         meant.append((exactness, names, value))
-    meant.sort(
-        key=lambda entry: entry[0]
-    )  # stable: equally exact keys keep their order
+    meant.sort(key=lambda entry: entry[0])  # equally exact keys keep their order
     value_of = {}
     for _, names, value in meant:
         for name in names:

@@ -7,6 +7,7 @@ __all__ = ['mask_record', 'require_masks', 'KeepsMask']
 
 # %% ../../nbs/reference/kept_masks.ipynb #a1c0de04
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def require_masks(
     for name, recorded in masks.items():
         if name not in modules:
             raise ValueError(f"the adapter was made for a model with a layer {name}")
-        layer = modules[name]
+        layer: Any = modules[name]  # a linear layer, or an adapter around it
         weight = getattr(layer, "base_layer", layer).weight
         if not weight.is_meta and mask_record(weight) != recorded:
             others.append((name, mask_record(weight), recorded))
@@ -59,6 +60,10 @@ class KeepsMask(LoraLinear):
 
     base_layer: nn.Linear
     mask_record: str | None = None  # of the base weight when the adapter was made
+
+    def __init__(self, base_layer, adapter_name, config, **kwargs):
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self.record_mask()
 
     def record_mask(self) -> None:
         "Record the zeros of the base weight, unless it is a placeholder."

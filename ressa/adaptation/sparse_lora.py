@@ -168,10 +168,6 @@ class SparseLoraLinear(KeepsMask):
 
     base_layer: nn.Linear
 
-    def __init__(self, base_layer, adapter_name, config, **kwargs):
-        super().__init__(base_layer, adapter_name, config, **kwargs)
-        self.record_mask()
-
     def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
         require_supported_options(config)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)

@@ -271,7 +271,7 @@ def zeros_by_part(
     if not allocation:
         raise ValueError("allocation names no layer")
     mmap = modality_map(model)
-    table = {}
+    table: dict[str, dict[str, float]] = {}
     weights_of_all = zeros_of_all = 0
     for name, target in allocation.items():
         shape = linear_shape(mmap.layers[name])

@@ -133,7 +133,8 @@ class TrialModel:
             name: layer.weight.data for name, layer in self.layers.items()
         }
         self.applied: dict[str, float | str] = {}  # layer name → target it has now
-        self._from_language = None  # `before_language`, while the front is unchanged
+        # of `before_language`, while the front is unchanged
+        self._from_language: tuple[nn.Module, dict] | None = None
 
     def apply(
         self,
@@ -214,9 +215,8 @@ class _Grid:
         return targets
 
 # %% ../../nbs/reference/search.ipynb #e27918fd
-START_SHARE = (
-    2 / 3
-)  # of the budget: below it, pruning evenly costs the models here little
+# of the budget: below it, pruning evenly costs the models here little
+START_SHARE = 2 / 3
 
 
 def search(
@@ -245,8 +245,13 @@ def search(
         raise ValueError(f"start must be in [0, 1), not {start}")
     shapes = shapes_of(model)
     fixed = per_layer(fixed or {}, modality_map(model))
-    options = dict(max_sparsity=max_sparsity, m=m, fixed=fixed)
-    even = meet_budget(shapes, dict.fromkeys(shapes, sparsity), sparsity, **options)
+
+    def within_budget(preferred):
+        return meet_budget(
+            shapes, preferred, sparsity, max_sparsity=max_sparsity, m=m, fixed=fixed
+        )
+
+    even = within_budget(dict.fromkeys(shapes, sparsity))
     free = [name for name in shapes if name not in fixed]
     grid = _Grid(layer_groups(model, free, by), shapes, m or steps, m)
     limit = min(grid.steps - 1, pruned_count(max_sparsity, grid.steps))
@@ -259,7 +264,7 @@ def search(
             return trial.loss(fixed | grid.allocation(counts))
 
         counts = cheapest_first(loss, grid.sizes(), start_counts, wanted, limit)
-        found = meet_budget(shapes, grid.preferred(counts), sparsity, **options)
+        found = within_budget(grid.preferred(counts))
         even_loss = trial.loss(even)
         found_loss = trial.loss(found)
     return found if found_loss < even_loss else even

@@ -91,9 +91,8 @@ def bits_of(
 
 # %% ../../nbs/reference/packing.ipynb #72665c80
 _CHUNK = 2**15  # weights handled at once; a multiple of 8
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(
-    1, dtype=np.uint8
-)  # byte → how many of its bits are 1
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8)
+_ONES = _BITS.sum(1, dtype=np.uint8)  # byte → how many of its bits are 1
 
 
 def _chunks(n):

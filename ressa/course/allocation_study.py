@@ -51,7 +51,8 @@ class StagedModel:
         self.dense_weights = {
             name: layer.weight.data.clone() for name, layer in self.mmap.layers.items()
         }
-        self.front_allocation = None  # what the front is pruned to at present
+        # what the front is pruned to at present
+        self.front_allocation: Mapping | None = None
 
     def _prune(self, module, batch, allocation, names):
         "Prune from dense weights: the layers `names` are made dense first."
@@ -69,7 +70,7 @@ class StagedModel:
         if allocation == self.front_allocation:
             return
         self._prune(self.model, self.calibration, allocation, self.dense_weights)
-        with one_look_per_image(self.model.vision_model):
+        with one_look_per_image(self.model.get_submodule("vision_model")):
             self.language, self.language_calibration = before_language(
                 self.model, self.calibration
             )
@@ -142,9 +143,8 @@ class StoredPoints:
     ):
         stored = read_json(path)
         points = stored.pop("points")
-        self.about = (
-            stored  # device, questions, seeds, command, the blind model's score
-        )
+        # device, questions, seeds, command, the blind model's score
+        self.about = stored
         self.points = {setting_key(point["setting"]): point for point in points}
 
     def at(
@@ -170,9 +170,7 @@ class StoredPoints:
 
 def error_bars(
     points: Iterable[Mapping],  # of `StoredPoints`
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # accuracies (n,), and distances of their ends (2, n)
+) -> tuple[np.ndarray, np.ndarray]:  # accuracies (n,), distances of ends (2, n)
     "Accuracies and their intervals, as matplotlib's `errorbar` takes them."
     points = list(points)
     middle = np.array([point["accuracy"] for point in points])

@@ -155,6 +155,22 @@ class SelfTeacher:
         self.weights = list(pruned.parameters())
         self.removed = _removed_values(dense, pruned)
 
+    @classmethod
+    def of_removed(
+        cls,
+        pruned: nn.Module,  # the very model that is trained, before adapters are put on
+        removed: dict[str, torch.Tensor],  # layer → values in the order of its zeros
+    ) -> "SelfTeacher":
+        "A teacher of a pruned model and the values that pruning took from it."
+        require_in_memory(pruned, "SelfTeacher")
+        made = cls.__new__(cls)
+        made.weights = list(pruned.parameters())
+        made.removed = {
+            pruned.get_parameter(f"{name}.weight"): values
+            for name, values in removed.items()
+        }
+        return made
+
     @property
     def nbytes(self) -> int:
         "Bytes that it keeps: the removed values."

@@ -19,6 +19,7 @@ COMMANDS = {  # name → (module, one line of help)
     "evaluate": ("ressa.cli.evaluate", "measure a model on a data set"),
     "pack": ("ressa.cli.pack", "store a pruned model without its zeros"),
     "unpack": ("ressa.cli.unpack", "make an ordinary checkpoint of a packed one"),
+    "recipe": ("ressa.cli.recipe", "print a recipe with all its keys and comments"),
 }
 ABOUT = "Prune vision-language models and repair what pruning broke."
 EXAMPLES = """examples:

@@ -24,11 +24,12 @@ from ..adaptation.repair import repair
 from .options import pruning_target, validate_options
 from .report import html_report
 from ressa.cli.results import (
-    ROWS,
     measure,
+    models_of,
     part_sparsity,
-    peak_memory_mb,
     plain_row,
+    run_facts,
+    weight_counts,
     won_back_shares,
 )
 from ..data.collate import draw_examples
@@ -269,8 +270,7 @@ def _measure_blind(run):
         return plain_row(
             blind(load_easy_vqa("train", processor=run.processor), questions)
         )
-    result = blind(run.examples, questions)
-    return plain_row(result) | {"metric": result.metric}
+    return plain_row(blind(run.examples, questions))
 
 # %% ../../nbs/reference/command_main_job.ipynb #941ee31a
 ADAPTER_OF = {"plain_lora": "lora", "repaired": "sparselora"}  # row → adapter
@@ -305,6 +305,7 @@ def _measure_repaired(run, model, masks, log):
         "log": log,
         "zeros_filled": zeros_filled(masks, model),
         "sparsity": part_sparsity(model),
+        "weights": weight_counts(model),
     }
 
 
@@ -347,25 +348,24 @@ def main_job(
     return _finish(run, steps.done)
 
 # %% ../../nbs/reference/command_main_job.ipynb #9785cc48
-_NOT_IN_ROWS = ("answers", "captions", "log", "zeros_filled", "sparsity")
+_NOT_IN_ROWS = ("answers", "captions", "log", "zeros_filled", "sparsity", "weights")
 
 
 def _results(run, done):
     "All steps as one dictionary of plain values."
     results = {}
-    for row in ROWS:
+    for row in models_of(done):
         measured = done[row].items()
         results[row] = {k: value for k, value in measured if k not in _NOT_IN_ROWS}
-    results["sparsity"] = done["repaired"]["sparsity"]
-    results["zeros_filled"] = done["repaired"]["zeros_filled"]
+    for key in ("sparsity", "weights", "zeros_filled"):
+        results[key] = done["repaired"][key]
+    results |= run_facts(pick_device(run.args.device))
     return results | {
         "won_back": won_back_shares(results),
         "tests_seen_in_training": run.seen,
         "seconds": done["seconds"],
         "settings": settings_of(run.args),
         "command": f"ressa {run.args.line}",
-        "device": str(pick_device(run.args.device)),
-        "peak_memory_mb": peak_memory_mb(),
         "layers": done["prune"]["layers"],
         "training": {row: done[row]["log"] for row in ADAPTER_OF},
     }

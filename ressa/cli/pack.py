@@ -8,22 +8,23 @@ __all__ = ['add_options', 'run']
 # %% ../../nbs/reference/command_pack.ipynb #494c7491
 import argparse
 
-from .options import PACKING, add_table
+from .options import StoreOptions, add_fields, stored_in
 
 # %% ../../nbs/reference/command_pack.ipynb #669512c9
 def add_options(
     parser: argparse.ArgumentParser,  # of this command
 ) -> None:
     "Describe the options of `ressa pack`."
-    add_table(parser, PACKING)
+    add_fields(parser, StoreOptions)
 
 
 def run(
-    options: argparse.Namespace,  # `model`, a pruned checkpoint, and `out`, a folder
+    options: argparse.Namespace,  # from `parse`
 ) -> None:
     "Store a pruned checkpoint without its zeros."
     from ressa.checkpoints.sparse import pack
 
-    sizes = pack(options.model, options.out)
+    model, out = stored_in(options, "packed")
+    sizes = pack(model, out)
     dense, packed = sizes["dense"] / 1e6, sizes["packed"] / 1e6
-    print(f"{dense:.2f} MB became {packed:.2f} MB: {options.out}")
+    print(f"{dense:.2f} MB became {packed:.2f} MB: {out}")

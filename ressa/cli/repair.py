@@ -35,14 +35,12 @@ def run(
     from pathlib import Path
 
     from ressa.cli.main_job import main_job
+    from ressa.cli.results import summary_table, verdict
     from ressa.progress import quiet_libraries
-
-    from ressa.cli.results import summary_rows, table_head, verdict
 
     quiet_libraries()
     results = main_job(options)
-    for row in [table_head(results), *summary_rows(results)]:
-        print("{:24} {:>9}   {:20} {:>8} {:>6}".format(*row))
+    print(summary_table(results))
     seconds = sum(results["seconds"].values())
     out = Path(options.out)
     print(f"\n{verdict(results)}")

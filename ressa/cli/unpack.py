@@ -8,21 +8,22 @@ __all__ = ['add_options', 'run']
 # %% ../../nbs/reference/command_unpack.ipynb #6d3bd53c
 import argparse
 
-from .options import UNPACKING, add_table
+from .options import StoreOptions, add_fields, stored_in
 
 # %% ../../nbs/reference/command_unpack.ipynb #4af1abe8
 def add_options(
     parser: argparse.ArgumentParser,  # of this command
 ) -> None:
     "Describe the options of `ressa unpack`."
-    add_table(parser, UNPACKING)
+    add_fields(parser, StoreOptions)
 
 
 def run(
-    options: argparse.Namespace,  # `model`, a packed checkpoint, and `out`, a folder
+    options: argparse.Namespace,  # from `parse`
 ) -> None:
     "Make an ordinary checkpoint of a packed one."
     from ressa.checkpoints.sparse import unpack
 
-    unpack(options.model, options.out)
-    print(f"Checkpoint: {options.out}")
+    model, out = stored_in(options, "unpacked")
+    unpack(model, out)
+    print(f"Checkpoint: {out}")

@@ -7,13 +7,14 @@ __all__ = ['IGNORED', 'ANSWER_TOKEN_TYPE', 'GENERATE_TAKES_END_OFF', 'collate', 
 
 # %% ../../nbs/reference/collate.ipynb #a1e505d0
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .encoding import encode, ends_each_text
+from .encoding import ExampleError, encode, ends_each_text
 from .prompts import answer_ids, decoder_ids, tokenizer_of
 
 # %% ../../nbs/reference/collate.ipynb #9f51e8ec
@@ -120,6 +121,67 @@ def _prompts_as_read(examples, batch, tokenizer):
         prompts.append(prompt)
     return prompts
 
+# %% ../../nbs/reference/collate.ipynb #new
+def _places_in_prompt(example, ids, tokenizer):
+    """Where the tokens of earlier answers are among the token ids of a prompt.
+
+    `ids` are those that the model reads. Raises `ValueError` if it cannot be told.
+    """
+    text = example["prompt"]
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell where its tokens are in a text, "
+            "so earlier answers cannot be labelled: load the data with turns='apart'"
+        )
+    encoded = tokenizer(
+        text, return_offsets_mapping=True, padding=False, truncation=False
+    )
+    own = []
+    for place, (first, end) in enumerate(encoded.offset_mapping):
+        for answer_first, answer_end in example["earlier_answers"]:
+            if first < end and first < answer_end and end > answer_first:
+                own.append(place)
+    matcher = SequenceMatcher(None, encoded.input_ids, ids, autojunk=False)
+    place_of = {}
+    for block in matcher.get_matching_blocks():
+        for step in range(block.size):
+            place_of[block.a + step] = block.b + step
+    if not all(place in place_of for place in own):
+        raise ValueError(
+            "the processor changes its earlier answers, so their tokens cannot be "
+            "told: load the data with turns='apart'"
+        )
+    return [place_of[place] for place in own]
+
+
+def _label_earlier(batch, examples, tokenizer):
+    "Label the tokens of earlier answers in a batch that is padded on the right."
+    for i, example in enumerate(examples):
+        if not example.get("earlier_answers"):
+            continue
+        ids = batch["input_ids"][i][batch["attention_mask"][i].bool()].tolist()
+        try:
+            places = _places_in_prompt(example, ids, tokenizer)
+        except ValueError as error:
+            raise ExampleError(i, str(error), example["prompt"]) from error
+        batch["labels"][i, places] = batch["input_ids"][i, places]
+    return batch
+
+
+def _refuse_earlier(examples, kind, causal):
+    "Raises `ExampleError` for earlier answers that a model would only have to copy."
+    if causal and kind not in ANSWER_TOKEN_TYPE:
+        return
+    reader = f"the model of a {kind}" if causal else "an encoder-decoder"
+    for i, example in enumerate(examples):
+        if example.get("earlier_answers"):
+            raise ExampleError(
+                i,
+                f"it has answers in its prompt, and {reader} reads all of its prompt "
+                "before it writes: load the data with turns='apart'",
+                example["prompt"],
+            )
+
 # %% ../../nbs/reference/collate.ipynb #69116b09
 def collate(
     examples: Sequence[Mapping[str, Any]],  # each with image, prompt and answer
@@ -132,7 +194,8 @@ def collate(
 
     An `image` may be one image, a list of images, or None. With the tokenizer of a
     language model instead of a processor, examples have no image. Labels are −100
-    everywhere except on the answers and the tokens that end them. Raises `ValueError`
+    everywhere except on the answers and the tokens that end them; `earlier_answers` of
+    a conversation are answers too. Raises `ValueError`
     if there are no examples, for examples that do not fit the processor, and for a
     tokenizer without an end token.
     """
@@ -146,13 +209,16 @@ def collate(
     if causal and not answers:
         return batch
 
+    if answers:
+        _refuse_earlier(examples, kind, causal)
     padding = tokenizer.pad_token_id or 0
     texts = [example["answer"] for example in examples] if answers else []
     if causal:
         prompts = _prompts_as_read(examples, batch, tokenizer)
         ids = [torch.tensor(ids) for ids in answer_ids(texts, prompts, processor)]
         token_type = ANSWER_TOKEN_TYPE.get(kind, 0)
-        return _append_answers(batch, ids, padding, token_type)
+        batch = _append_answers(batch, ids, padding, token_type)
+        return _label_earlier(batch, examples, tokenizer)
 
     # Nothing is appended: this only moves the padding to the right, as in training.
     nothing = [torch.tensor([], dtype=torch.long)] * len(examples)

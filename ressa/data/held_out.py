@@ -7,26 +7,63 @@ __all__ = ['HELD_OUT_SHARE', 'hold_out', 'without_pictures_of', 'count_seen']
 
 # %% ../../nbs/reference/held_out.ipynb #bef9858a
 import hashlib
+from typing import Any
 
-from datasets import Dataset, Image
+from datasets import Dataset, Image, List
 
 from .pictures import picture_key
 
 # %% ../../nbs/reference/held_out.ipynb #593ffd11
+def _as_list(cell):
+    "The pictures of a cell that holds one, several or none."
+    if cell is None:
+        return []
+    return cell if isinstance(cell, list) else [cell]
+
+
 def _picture_keys(data):
-    "One text for each example; equal for equal pictures."
-    undecoded = data.select_columns(["image"]).cast_column("image", Image(decode=False))
+    "Texts for each example; equal for equal pictures. Without one, that of the prompt."
+    several = not isinstance(data.features["image"], Image)
+    decoded = data.select_columns(["image"])
+    encoded_type: Any = Image(decode=False)
+    undecoded = decoded.cast_column(
+        "image", List(encoded_type) if several else encoded_type
+    )
     key_of_file: dict = {}
     keys = []
     for row, cell in enumerate(undecoded):
-        file = cell["image"]["bytes"] or cell["image"]["path"]
-        identity = file
-        if isinstance(file, bytes):
-            identity = hashlib.sha256(file).digest()
-        if identity not in key_of_file:
-            key_of_file[identity] = picture_key(data[row]["image"])
-        keys.append(key_of_file[identity])
+        own = []
+        for place, file in enumerate(_as_list(cell["image"])):
+            identity = file["bytes"] or file["path"]
+            if isinstance(identity, bytes):
+                identity = hashlib.sha256(identity).digest()
+            if identity not in key_of_file:
+                picture = _as_list(decoded[row]["image"])[place]
+                key_of_file[identity] = picture_key(picture)
+            own.append(key_of_file[identity])
+        if not own:
+            own = [hashlib.sha256(data[row]["prompt"].encode()).hexdigest()]
+        keys.append(own)
     return keys
+
+
+def _first_of_group(key, smaller):
+    "Follow the links from a key to the smallest key of its group."
+    while smaller[key] != key:
+        key = smaller[key]
+    return key
+
+
+def _group_keys(keys):
+    "One key for each example: equal for examples that a picture connects."
+    smaller: dict[str, str] = {}
+    for own in keys:
+        for key in own:
+            smaller.setdefault(key, key)
+        firsts = [_first_of_group(key, smaller) for key in own]
+        for first in firsts:
+            smaller[first] = min(firsts)
+    return [_first_of_group(own[0], smaller) for own in keys]
 
 
 HELD_OUT_SHARE = 1 / 5  # of the pictures
@@ -48,14 +85,15 @@ def hold_out(
     """Split examples by picture: about one picture in five is for the test.
 
     Which pictures these are depends on their pixels alone, so a larger part of the same
-    data set gives the same answer. Raises `ValueError` for fewer than two pictures.
+    data set gives the same answer. Examples that share a picture stay together.
+    Raises `ValueError` if no picture can be held out so.
     """
-    keys = _picture_keys(data)
+    keys = _group_keys(_picture_keys(data))
     chosen = _chosen_pictures(keys)
     if len(set(keys)) < 2:
         raise ValueError(
-            f"the data set has {len(set(keys))} picture: no picture can be held out "
-            "for the test. Name a test split, or give more data"
+            "no picture can be held out for the test: the data set has one, or its "
+            "examples all share pictures. Name a test split, or give more data"
         )
     train = [row for row, key in enumerate(keys) if key not in chosen]
     test = [row for row, key in enumerate(keys) if key in chosen]
@@ -66,10 +104,10 @@ def without_pictures_of(
     data: Dataset,  # examples to learn from
     test: Dataset,  # examples to test on
 ) -> Dataset:
-    "Remove the examples whose picture is among the test examples."
-    tested = set(_picture_keys(test))
-    rows = [row for row, key in enumerate(_picture_keys(data)) if key not in tested]
-    return data.select(rows)
+    "Remove the examples with a picture that is among the test examples."
+    tested = {key for own in _picture_keys(test) for key in own}
+    keys = _picture_keys(data)
+    return data.select([row for row, own in enumerate(keys) if tested.isdisjoint(own)])
 
 # %% ../../nbs/reference/held_out.ipynb #52dcbc12
 def count_seen(
@@ -79,6 +117,6 @@ def count_seen(
     """How many test examples have a picture and a prompt that are a training example
     too.
     """
-    known = set(zip(_picture_keys(train), train["prompt"][:]))
-    asked = zip(_picture_keys(test), test["prompt"][:])
+    known = set(zip(map(tuple, _picture_keys(train)), train["prompt"][:]))
+    asked = zip(map(tuple, _picture_keys(test)), test["prompt"][:])
     return sum(example in known for example in asked)

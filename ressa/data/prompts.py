@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['QUESTION_PROMPT', 'CAPTION_PROMPT', 'SHORT_ANSWER', 'SHORT_CAPTION', 'IMAGE_MARK', 'tokenizer_of', 'reserved_tokens',
-           'write_prompt', 'end_token_ids', 'answer_ids', 'decoder_ids']
+           'render_turns', 'without_bos', 'write_prompt', 'AnswerForm', 'answer_form', 'end_token_ids', 'answer_ids',
+           'decoder_ids']
 
 # %% ../../nbs/reference/prompts.ipynb #1a82cdce
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from transformers import AddedToken, PreTrainedTokenizerBase, ProcessorMixin
@@ -71,24 +72,28 @@ def _refuse_reserved(question, processor):
             )
 
 
-def _conversation(processor, question, answer=None):
-    """A question about an image in the chat template, and perhaps its answer.
+def render_turns(
+    turns: Sequence[Mapping],  # each with role and content, a list of parts
+    processor: ProcessorMixin | PreTrainedTokenizerBase,  # with a chat template
+    *,
+    generation: bool = False,  # end where the model has to write the next answer
+) -> str:
+    """Write turns in the chat template of a processor, as transformers does.
 
-    Without an answer, the text ends where the model has to write it. Raises
-    `ValueError` if the template cannot write it.
+    The template of a tokenizer gets the text of each turn instead of its parts. Raises
+    `ValueError` if the template cannot write them.
     """
     if isinstance(processor, PreTrainedTokenizerBase):
-        asked = question
-        told = answer
-    else:
-        asked = [{"type": "image"}, {"type": "text", "text": question}]
-        told = [{"type": "text", "text": answer}]
-    turns = [{"role": "user", "content": asked}]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": told})
+        turns = [
+            {
+                "role": turn["role"],
+                "content": "".join(part["text"] for part in turn["content"]),
+            }
+            for turn in turns
+        ]
     try:
         return processor.apply_chat_template(
-            turns, add_generation_prompt=answer is None, tokenize=False
+            list(turns), add_generation_prompt=generation, tokenize=False
         )
     except Exception as error:  # a template raises what it likes
         raise ValueError(
@@ -96,15 +101,37 @@ def _conversation(processor, question, answer=None):
             f"and its answer: {error}"
         ) from error
 
+
+def _conversation(processor, question, answer=None):
+    """A question about an image in the chat template, and perhaps its answer.
+
+    Without an answer, the text ends where the model has to write it.
+    """
+    asked = [{"type": "text", "text": question}]
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        asked.insert(0, {"type": "image"})
+    turns = [{"role": "user", "content": asked}]
+    if answer is not None:
+        told = [{"type": "text", "text": answer}]
+        turns.append({"role": "assistant", "content": told})
+    return render_turns(turns, processor, generation=answer is None)
+
 # %% ../../nbs/reference/prompts.ipynb #fee7a790
-def _begins_with_bos(tokenizer):
-    "Whether a tokenizer puts the token that begins a text before each text."
-    return tokenizer.bos_token_id in tokenizer("").input_ids
+def without_bos(
+    prompt: str,  # as a chat template wrote it
+    tokenizer: PreTrainedTokenizerBase,  # of the model
+) -> str:
+    "A prompt without the token that begins a text, if the tokenizer adds it anyway."
+    if tokenizer.bos_token_id in tokenizer("").input_ids:
+        return prompt.removeprefix(tokenizer.bos_token)
+    return prompt
 
 
 def write_prompt(
     question: str,  # the question; empty to ask for a caption
     processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,  # of the model
+    *,
+    phrase: str = SHORT_ANSWER,  # around a question for all but InstructBLIP
 ) -> str:
     """Write a question as the prompt that a model was trained on.
 
@@ -118,16 +145,12 @@ def write_prompt(
     # only the processors of the BLIP family count query tokens
     if processor is None or hasattr(processor, "num_query_tokens"):
         return QUESTION_PROMPT.format(question) if question else CAPTION_PROMPT
-    text = SHORT_ANSWER.format(question) if question else SHORT_CAPTION
+    text = phrase.format(question) if question else SHORT_CAPTION
     if not getattr(processor, "chat_template", None):
         if isinstance(processor, PreTrainedTokenizerBase):
             return text
         return f"{getattr(processor, 'image_token', '')}{text}"
-    prompt = _conversation(processor, text)
-    tokenizer = tokenizer_of(processor)
-    if _begins_with_bos(tokenizer):
-        return prompt.removeprefix(tokenizer.bos_token)
-    return prompt
+    return without_bos(_conversation(processor, text), tokenizer_of(processor))
 
 # %% ../../nbs/reference/prompts.ipynb #4b3fe90b
 # A conversation that shows where a chat template puts question and answer.
@@ -135,7 +158,7 @@ _SOME_QUESTION = "What is the third word of this question?"
 _SOME_ANSWER = "Its third word is the."
 
 
-class _AnswerForm(NamedTuple):
+class AnswerForm(NamedTuple):
     "What a model writes around an answer."
 
     prompt_end: str  # how each prompt ends that has this form
@@ -161,7 +184,7 @@ def _plain_form(tokenizer):
     "The form of an answer outside of a chat template."
     # BERT's tokenizer, which BLIP uses, names the token that ends a text otherwise
     end = tokenizer.eos_token or getattr(tokenizer, "sep_token", None)
-    return _AnswerForm(prompt_end="", before=" ", after="", end=end)
+    return AnswerForm(prompt_end="", before=" ", after="", end=end)
 
 
 def _template_form(processor):
@@ -180,7 +203,19 @@ def _template_form(processor):
     else:
         after = after.partition(end)[0]
     prompt_end = prompt.rpartition(_SOME_QUESTION)[2]
-    return _AnswerForm(prompt_end, before, after, end)
+    return AnswerForm(prompt_end, before, after, end)
+
+
+def answer_form(
+    processor: ProcessorMixin | PreTrainedTokenizerBase,  # of any model
+) -> AnswerForm:
+    """What a model writes around each answer: as its chat template says, if it has one.
+
+    Raises `ValueError` if the template cannot write a question and its answer.
+    """
+    if getattr(processor, "chat_template", None):
+        return _template_form(processor)
+    return _plain_form(tokenizer_of(processor))
 
 
 def _forms(processor):

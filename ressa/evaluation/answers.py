@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..data.collate import GENERATE_TAKES_END_OFF, IGNORED, collate
@@ -26,6 +25,7 @@ from ..devices import input_device, require_in_memory, to_device
 from .metrics import METRICS, cider, metric_of, references_of
 from .score_intervals import score_interval
 from ..models.inputs import evaluation_mode, is_causal, require_matching_batch
+from ..progress import progress_bar
 
 # %% ../../nbs/reference/answers.ipynb #8638f1da
 # What a stored generation configuration is asked for: it belongs to the vocabulary.
@@ -177,7 +177,7 @@ def answer(
     batch_size: int = 256,  # examples that are answered at once
     max_new_tokens: int = 16,  # the longest answer, in tokens
     generation_config: GenerationConfig | None = None,  # None: greedily
-    progress: bool = True,  # show a progress bar over batches
+    progress: bool | str = True,  # show a bar over batches; a text: the model's name
 ) -> list[str]:  # one answer for each example, lower case, without spaces around it
     """Let the model answer each example, greedily and in evaluation mode.
 
@@ -212,7 +212,7 @@ def answer(
     answers = [""] * len(data)
     starts = range(0, len(data), batch_size)
     with evaluation_mode(model), stored_settings_aside(model):
-        for start in tqdm(starts, desc="answer", disable=not progress):
+        for start in progress_bar(starts, show=progress, doing="answer"):
             batch_indices = by_length[start : start + batch_size]
             batch_examples = [data[i] for i in batch_indices]
             for group in _answered_together(batch_examples, processor):
@@ -333,7 +333,7 @@ def evaluate(
     batch_size: int = 256,  # examples that are answered at once
     max_new_tokens: int = 16,  # the longest answer, in tokens
     generation_config: GenerationConfig | None = None,  # as in `answer`
-    progress: bool = True,  # show a progress bar over batches
+    progress: bool | str = True,  # show a bar over batches; a text: the model's name
 ) -> Evaluation:
     """Answer a data set and judge the answers.
 

@@ -100,12 +100,14 @@ def load_whole(
     config: PretrainedConfig | None = None,  # another than the stored configuration
     *,
     dtype: str | torch.dtype = "auto",  # as `pick_dtype` returns it
+    **options,  # of `from_pretrained`: revision, device_map, …
 ) -> PreTrainedModel:
     """Load a model with all of its weights, from safetensors alone.
 
     Raises `WeightError` as `require_whole` does, and what transformers raises.
     """
-    options = {} if config is None else {"config": config}
+    if config is not None:
+        options["config"] = config
     model, loading_info = model_class.from_pretrained(
         source,
         dtype=dtype,

@@ -18,8 +18,8 @@ from ressa.pruning.masks import (
     sparsity_of,
     validate_target,
 )
-from .scores import validate_inputs, wanda
-from .statistics import Statistics
+from .scores import wanda
+from .statistics import Statistics, validate_inputs
 
 # %% ../../nbs/reference/dsnot.ipynb #17b12929
 @dataclass

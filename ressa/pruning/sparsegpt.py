@@ -12,8 +12,7 @@ import warnings
 import torch
 
 from .masks import parse_pattern, select, validate_target
-from .scores import validate_inputs
-from .statistics import Statistics
+from .statistics import Statistics, validate_inputs
 
 # %% ../../nbs/course/06_sparsegpt.ipynb #d662d980
 def _inverse_of_lower(L):

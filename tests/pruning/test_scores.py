@@ -8,10 +8,9 @@ from ressa.pruning.scores import (
     magnitude,
     reconstruction_error,
     ria,
-    validate_inputs,
     wanda,
 )
-from ressa.pruning.statistics import Statistics
+from ressa.pruning.statistics import Statistics, validate_inputs
 
 
 def plain_score(name, weight, x, power=0.5):

@@ -28,6 +28,7 @@ REFERENCE_ORDER = {
         "pictures",
         "held_out",
         "prompts",
+        "choices",
         "conversations",
         "encoding",
         "collate",

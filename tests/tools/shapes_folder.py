@@ -50,10 +50,10 @@ def draw_pictures(folder, count, size, seed):
 
 
 def rows_of(pictures, images, turns):
-    "One row for each picture: the files that it shows, and its turns (question, answer)."
+    "Rows: the files of pictures that each shows, and its turns (question, answer)."
     rows = []
-    for first in range(len(pictures)):
-        shown = [pictures[(first + i) % len(pictures)] for i in range(images)]
+    for first in range(0, len(pictures), images):
+        shown = pictures[first : first + images]
         _, *properties = shown[-1]
         # the questions are about the last picture
         about = "" if images == 1 else f"In picture {images}: "
@@ -154,7 +154,8 @@ def write(folder, kind, pictures, images, turns):
 def make(folder, kind, *, rows=300, images=1, turns=2, size=64, seed=0):
     "Draw the pictures and write one format; returns the path that `load_data` takes."
     folder = Path(folder)
-    return write(folder, kind, draw_pictures(folder, rows, size, seed), images, turns)
+    pictures = draw_pictures(folder, rows * images, size, seed)
+    return write(folder, kind, pictures, images, turns)
 
 
 if __name__ == "__main__":

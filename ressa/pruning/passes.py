@@ -351,26 +351,12 @@ def pieces_of(
     if size < 1:
         raise ValueError(f"size={size} must be 1 or more")
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-    whole = [Piece(0, n, args, kwargs)]
-    if not tensors or tensors[0].dim() == 0:
-        return whole
-    hidden = tensors[0]
-    length = len(hidden)
-    begins = kwargs.get("cu_seqlens")
-    if hidden.dim() == 2 and isinstance(begins, torch.Tensor):
-        if begins[-1] != length:
-            return whole
-        step = math.ceil((len(begins) - 1) * size / n)
-        edges = [*begins[:-1:step].tolist(), length]
-    elif hidden.dim() > 2 and hidden.shape[1] == length:
-        return whole
-    elif length == n:
-        edges = [*range(0, n, size), n]
-    elif _begins_with_pictures(hidden, n, pictures):
-        step = math.ceil(length * size / n)
-        edges = [*range(0, length, step), length]
-    else:
-        return whole
+    edges = None
+    if tensors and tensors[0].dim() > 0:
+        edges = _edges(tensors[0], kwargs.get("cu_seqlens"), n, size, pictures)
+    if edges is None:
+        return [Piece(0, n, args, kwargs)]
+    length = edges[-1]
     return [
         _piece(args, kwargs, length, start, end, n)
         for start, end in zip(edges, edges[1:])
@@ -383,6 +369,24 @@ def _begins_with_pictures(hidden, n, pictures):
         return False
     tokens_come_first = hidden.shape[1] in (n, *pictures)
     return not tokens_come_first and 1 < len(hidden) <= max(pictures)
+
+
+def _edges(hidden, begins, n, size, pictures):
+    "Where pieces of the hidden states begin, and last their length; None: one piece."
+    length = len(hidden)
+    if hidden.dim() == 2 and isinstance(begins, torch.Tensor):
+        if begins[-1] != length:
+            return None
+        step = math.ceil((len(begins) - 1) * size / n)  # pictures in a piece
+        return [*begins[:-1:step].tolist(), length]
+    if hidden.dim() > 2 and hidden.shape[1] == length:
+        return None  # as many tokens as examples: either axis could be the examples
+    if length == n:
+        return [*range(0, n, size), n]
+    if _begins_with_pictures(hidden, n, pictures):
+        step = math.ceil(length * size / n)  # pictures in a piece
+        return [*range(0, length, step), length]
+    return None
 
 
 def _piece(args, kwargs, length, start, end, n):

@@ -85,8 +85,18 @@ class Fails(TrainerCallback):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
-def test_a_repair_that_fails_leaves_the_model_as_it_was(case, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error, adapter",
+    [
+        (RuntimeError("no memory"), "sparselora"),
+        (KeyboardInterrupt(), "sparselora"),
+        (RuntimeError("no memory"), "full"),
+        (KeyboardInterrupt(), "bias"),
+    ],
+)
+def test_a_repair_that_fails_leaves_the_model_as_it_was(
+    case, monkeypatch, error, adapter
+):
     before = bits(case.pruned)
     needed = [weight.requires_grad for weight in case.pruned.parameters()]
     train = RessaTrainer.train
@@ -97,8 +107,17 @@ def test_a_repair_that_fails_leaves_the_model_as_it_was(case, monkeypatch, error
 
     monkeypatch.setattr(RessaTrainer, "train", with_error)
     with pytest.raises(type(error)):
-        repair(case.pruned, case.train, case.processor, teacher=case.dense, **SHORT)
+        repair(
+            case.pruned,
+            case.train,
+            case.processor,
+            teacher=case.dense,
+            adapter=adapter,
+            learning_rate=0.1,
+            **SHORT,
+        )
     assert_unchanged(case.pruned, before)
+    assert not any(weight._backward_hooks for weight in case.pruned.parameters())
     assert [w.requires_grad for w in case.pruned.parameters()] == needed
     assert not hasattr(case.pruned, "peft_config")
     monkeypatch.undo()
@@ -106,6 +125,49 @@ def test_a_repair_that_fails_leaves_the_model_as_it_was(case, monkeypatch, error
         case.pruned, case.train, case.processor, teacher=case.dense, **SHORT
     )
     assert report.zeros_filled == 0
+
+
+class Spoils(TrainerCallback):
+    "Makes the last trained weight NaN, as training that diverges does."
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        trained[-1].data[0] = torch.nan
+
+
+@pytest.mark.parametrize("adapter", ["sparselora", "lora", "full"])
+def test_an_update_of_nan_is_not_merged_into_any_layer(case, monkeypatch, adapter):
+    before = bits(case.pruned)
+    train = RessaTrainer.train
+
+    def diverging(self, *args, **kwargs):
+        self.add_callback(Spoils())
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(RessaTrainer, "train", diverging)
+    with pytest.raises(ValueError, match="NaN or infinite.*learning rate"):
+        repair(
+            case.pruned,
+            case.train,
+            case.processor,
+            distill_weight=0,
+            adapter=adapter,
+            **SHORT,
+        )
+    assert_unchanged(case.pruned, before)
+
+
+def test_weights_that_were_trained_themselves_can_be_trained_freely_afterwards(case):
+    repair(
+        case.pruned,
+        case.train,
+        case.processor,
+        distill_weight=0,
+        adapter="full",
+        **SHORT,
+    )
+    weights = list(case.pruned.parameters())
+    assert not any(weight._backward_hooks for weight in weights)
 
 
 def wrapped(model):

@@ -426,7 +426,7 @@ def right_calls(folder):
         encode=dict(examples=[rows[0], rows[1]], processor=processor),
         set_lengths=dict(processor=processor, model=model),
         examples_hash=dict(data=rows),
-        first_example=dict(batch=batch, picture_token=None),
+        examples_between=dict(batch=batch, start=0, end=1, picture_token=None),
         picture_counts=dict(batch=batch),
         per_layer=dict(setting=0.5, mmap=mmap),
         packed_bytes=dict(how="bitmask", n=64, kept=32, size=2),

@@ -34,9 +34,8 @@ def _parser(chosen):
     "The parser of all commands; only the chosen one has its options."
     from importlib import import_module
 
-    from ressa.cli.parsing import OneLineParser
-
     from ressa import __version__
+    from ressa.cli.parsing import OneLineParser
 
     top = OneLineParser("ressa", description=ABOUT, epilog=EXAMPLES)
     top.add_argument("--version", action="version", version=f"ressa {__version__}")
@@ -84,11 +83,14 @@ def main(
 
         return explained(_run, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:  # in the import, or as another failure was explained
-        print("ressa: stopped.", file=sys.stderr)
+        print("ressa: error: stopped", file=sys.stderr)
         return 130
 
 
 def _run(argv):
     "Read a command line and run its command."
     options = parse(argv)
+    from ressa.progress import lines_off_a_terminal
+
+    lines_off_a_terminal()
     options.run(options)

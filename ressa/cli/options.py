@@ -152,6 +152,9 @@ class RepairOptions:
         None, 'rank of the update: 8, or JSON by part: \'{"vision": 4, "language": 8}\''
     )
     alpha: str | None = _key(None, "alpha of the update, likewise (default: 16)")
+    held_out: int | None = _key(
+        None, "training examples that are held out to watch the loss"
+    )
     patience: int | None = _key(
         None, "stop after so many tenths of the steps without a better held-out loss"
     )
@@ -244,7 +247,7 @@ def add_key(
 ) -> None:
     "Describe one key of a recipe as an option of a command."
     if default is not None and default is not False:
-        text += f" (default: {default})"
+        text += f" (default: {default})".replace("%", "%%")
     options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
     options["metavar"] = f"{{{','.join(choices)}}}" if choices else "VALUE"
     if is_flag:
@@ -346,6 +349,7 @@ _AT_LEAST_ONE = (
     "train_limit",
     "test_batch",
     "micro_batch",
+    "held_out",
     "patience",
 )
 _TARGETS = ("sparsity", *PARTS)
@@ -388,6 +392,12 @@ def _validate_model(given):
                 raise ValueError(f"--{flag} is for other models than the bundled one")
 
 
+def _validate_repair(given):
+    "Raise `ValueError` for options of the repair that do not go together."
+    if "patience" in given and "held_out" not in given:
+        raise ValueError("--patience needs --held-out, whose loss decides when to stop")
+
+
 def _validate_data(given):
     "Raise `ValueError` for options of the data that do not go together."
     if given.get("data") != "easy-vqa":
@@ -420,3 +430,4 @@ def validate_options(
         _validate_value(name, value)
     _validate_model(given)
     _validate_data(given)
+    _validate_repair(given)

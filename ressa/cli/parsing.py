@@ -22,11 +22,21 @@ def nearest(
     return f" Did you mean {' or '.join(close)}?"
 
 # %% ../../nbs/reference/command_parsing.ipynb #29e82bc3
+class _ShortHelp(argparse.RawDescriptionHelpFormatter):
+    "Shows one spelling of an option, not all."
+
+    def _format_action_invocation(self, action):
+        if len(action.option_strings) < 2 or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        short = [flag for flag in action.option_strings if "_" not in flag]
+        return f"{', '.join(short)} {action.metavar or 'VALUE'}"
+
+
 class OneLineParser(argparse.ArgumentParser):
     "An argument parser whose errors are one line on the error stream, exit code 2."
 
     def __init__(self, *args, **options):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("formatter_class", _ShortHelp)
         super().__init__(*args, allow_abbrev=False, **options)
         self.commands: dict[str, OneLineParser] = {}
 

@@ -73,7 +73,7 @@ def describe_training() -> dict[str, dict[str, Any]]:
             continue
         default = action.default
         found[action.dest] = {
-            "help": " ".join((action.help or "").split()),
+            "help": " ".join((action.help or "").split()).replace("%%", "%"),
             "default": getattr(default, "value", default),
             "choices": action.choices and list(action.choices),
             "is_flag": action.const is True,
@@ -164,6 +164,7 @@ def add_recipe_options(
     training: bool = False,  # the keys of the training too
 ) -> None:
     "Describe a recipe and all its keys."
+    parser.usage = f"{parser.prog} [recipe] [--key value …]"
     parser.add_argument(
         "recipe",
         nargs="?",
@@ -183,7 +184,7 @@ def add_recipe_options(
         add_key(
             group,
             key,
-            about["help"] if shown else argparse.SUPPRESS,
+            about["help"].replace("%", "%%") if shown else argparse.SUPPRESS,
             default=TRAINING_DEFAULTS.get(key, about["default"]) if shown else None,
             is_flag=about["is_flag"],
         )

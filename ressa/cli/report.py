@@ -105,7 +105,10 @@ def _layer_table(layers):
         table[place] = layer["error"]
     names = [kind for _, kind in rows]
     if len(stacks) > 1:  # such as an encoder and a decoder
-        names = [f"{stack.split('.')[-2:][0]}: {kind}" for stack, kind in rows]
+        names = []
+        for stack, kind in rows:
+            module = stack.split(".")[-2:][0]  # the encoder of "t5.encoder.block"
+            names.append(f"{module}: {kind}" if module else kind)
     return names, ["–" if number < 0 else str(number) for number in columns], table
 
 

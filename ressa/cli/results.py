@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['ROWS', 'NAMES', 'MEANINGS', 'ROW_COLORS', 'METRIC_TEXTS', 'LONGEST_ANSWER', 'models_of', 'MetricText', 'show_score',
            'show_interval', 'plain_row', 'measure', 'weight_counts', 'part_sparsity', 'peak_memory_mb',
-           'peak_device_memory_mb', 'device_name', 'run_facts', 'won_back_shares', 'table_head', 'summary_rows',
-           'summary_table', 'verdict']
+           'peak_device_memory_mb', 'device_name', 'won_back_shares', 'table_head', 'summary_rows', 'summary_table',
+           'verdict']
 
 # %% ../../nbs/reference/results.ipynb #6b3e79a0
-import datetime
 import os
 import platform
 import sys
@@ -44,8 +43,8 @@ MEANINGS = {
     "zeros as they are.",
     "labels": "The pruned model after the same repair without the dense model as a "
     "teacher: it learns from the right answers alone.",
-    "repaired": "The pruned model after its repair with RESSA: a sparse LoRA that "
-    "leaves the zeros as they are, taught by the right answers and the dense model.",
+    "repaired": "The pruned model after its repair: it was trained further, and its "
+    "zeros stayed zero. How it was trained is in the settings.",
     "blind": "The most frequent training answer to each question, given without the "
     "picture. Only a score above this one shows that a model uses the picture.",
 }
@@ -256,19 +255,6 @@ def device_name(
     if device.type == "cpu":
         return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     return str(device)
-
-
-def run_facts(
-    device: str | torch.device,  # that the models are on
-) -> dict:  # date, device, device_name, peak_memory_mb and peak_device_memory_mb
-    "When and where a run ends, and how much memory it held until then."
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": str(device),
-        "device_name": device_name(device),
-        "peak_memory_mb": peak_memory_mb(),
-        "peak_device_memory_mb": peak_device_memory_mb(device),
-    }
 
 # %% ../../nbs/reference/results.ipynb #d56aac0d
 def won_back_shares(

@@ -18,6 +18,7 @@ def magnitude(
     *,
     sparsity: float | None = None,  # fraction of each output row to prune, in [0, 1)
     pattern: str | None = None,  # or an N:M pattern
+    group: str = "row",  # compare within each "row", or over the whole "layer"
 ) -> torch.Tensor:  # pruned, a new tensor
     """Prune the smallest |W| of each output row.
 
@@ -25,7 +26,7 @@ def magnitude(
     """
     validate_inputs(weight)
     score = weight.abs()
-    return apply_mask(weight, select(score, sparsity, pattern))
+    return apply_mask(weight, select(score, sparsity, pattern, group))
 
 # %% ../../nbs/course/04_scores.ipynb #bb66fd4b
 def wanda(
@@ -56,6 +57,7 @@ def ria(
     sparsity: float | None = None,  # fraction of each output row to prune, in [0, 1)
     pattern: str | None = None,  # or an N:M pattern
     power: float = 0.5,  # the exponent a of the input norm; 0 ignores the inputs
+    group: str = "row",  # compare within each "row", or over the "layer" (the authors)
 ) -> torch.Tensor:  # pruned, a new tensor
     """Prune by relative importance and activations, the lowest of each output row.
 
@@ -73,7 +75,7 @@ def ria(
     row_sum = size.sum(1, keepdim=True).clamp_min(tiny)
     relative = size / column_sum + size / row_sum
     score = relative * stats.norm**power
-    return apply_mask(weight, select(score, sparsity, pattern))
+    return apply_mask(weight, select(score, sparsity, pattern, group))
 
 # %% ../../nbs/course/04_scores.ipynb #ef097d52
 def reconstruction_error(

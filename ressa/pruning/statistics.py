@@ -43,6 +43,8 @@ class Statistics:
     mean: torch.Tensor | None = None  # (in,)
     spread: torch.Tensor | None = None  # (in,) sum of squared distances from the mean
     gram: torch.Tensor | None = None  # (in, in) XᵀX
+    examples: int = 0  # seen one by one; 0: examples were not told apart
+    within: torch.Tensor | None = None  # (in,) as spread, from the example's own mean
 
     @classmethod
     def of(
@@ -69,6 +71,26 @@ class Statistics:
             stats.spread = _square_sum(x - stats.mean)
         return stats
 
+    @classmethod
+    def of_examples(
+        cls,
+        examples: list[torch.Tensor],  # of each: (tokens, in), any number of tokens
+        gram: bool = True,  # gather XᵀX
+    ) -> "Statistics":
+        """The statistics of examples, and the variance inside each of them.
+
+        Raises `ValueError` if there is no example, or as `of` does.
+        """
+        if not examples:
+            raise ValueError("there are no examples to gather statistics of")
+        stats = cls.of(torch.cat(examples), gram=gram)
+        stats.examples = len(examples)
+        stats.within = torch.zeros_like(stats.square_sum)
+        for x in examples:
+            if len(x):
+                stats.within += _square_sum(x.float() - x.float().mean(0))
+        return stats
+
     def update(
         self,
         x: torch.Tensor,  # (…, in) the next batch
@@ -77,11 +99,24 @@ class Statistics:
 
         Raises `ValueError` if x has another number of inputs.
         """
-        new = type(self).of(x, mean=self.mean is not None, gram=self.gram is not None)
+        gathered = dict(mean=self.mean is not None, gram=self.gram is not None)
+        return self.add(type(self).of(x, **gathered))
+
+    def add(
+        self,
+        new: "Statistics",  # of other tokens of the same layer
+    ) -> "Statistics":  # itself
+        """Add other statistics in place, as far as both have gathered the same.
+
+        Raises `ValueError` if they are of another number of inputs.
+        """
         if len(new.square_sum) != len(self.square_sum):
             raise ValueError(
                 f"x has {len(new.square_sum)} inputs, stats has {len(self.square_sum)}"
             )
+        if self.within is not None and new.within is not None:
+            self.within += new.within
+            self.examples += new.examples
         if self.mean is not None:
             self.mean, self.spread = _merge(self, new)
         if self.gram is not None and new.gram is not None:  # both, or neither
@@ -107,6 +142,19 @@ class Statistics:
                 "Statistics.of(x, mean=True)"
             )
         return self.spread / max(self.n, 1)
+
+    @property
+    def var_within(self) -> torch.Tensor:
+        """(in,) variance of each input inside an example, as a mean over all tokens.
+
+        Raises `ValueError` if it was not gathered.
+        """
+        if self.within is None:
+            raise ValueError(
+                "stats has no variance inside examples: gather it with "
+                "Statistics.of_examples([x, …])"
+            )
+        return self.within / max(self.n, 1)
 
     @property
     def hessian(self) -> torch.Tensor:

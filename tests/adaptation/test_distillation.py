@@ -147,6 +147,12 @@ def test_options_of_the_terms():
     torch.testing.assert_close(halves[1], divergence / 2)
     everywhere = loss_terms(student, teacher, labels, positions="all")[1]
     torch.testing.assert_close(everywhere, kl(student, teacher) / len(labels))
+    where = torch.rand(labels.shape) < 0.5
+    somewhere = loss_terms(student, teacher, labels, positions=where)[1]
+    torch.testing.assert_close(somewhere, kl(student[where], teacher[where]) / 3)
+    targets = Targets(teacher[where])
+    cached = loss_terms(student, targets, labels, positions=where)[1]
+    torch.testing.assert_close(cached, somewhere)
     alone, nothing = loss_terms(student, None, labels)
     assert alone == task
     assert nothing == 0
@@ -276,8 +282,11 @@ def test_what_cannot_be_meant_is_refused():
         ("share a vocabulary", dict(teacher=teacher[..., 1:])),
         ("examples and tokens", dict(teacher=teacher[:, 1:])),
         (f"targets are of {answers - 1}", dict(teacher=fewer)),
-        ("positions='all' needs", dict(teacher=targets, positions="all")),
-        ("must be 'answer' or", dict(positions="some")),
+        ("targets are of 7 tokens", dict(teacher=targets, positions="all")),
+        ("must be one of", dict(positions="some")),
+        ("needs to be told where the text is", dict(positions="text")),
+        ("True or False for each of", dict(positions=labels)),
+        ("mark no token", dict(positions=labels > 99)),
         ("temperature must be above 0", dict(temperature=-1.0)),
         ("weight must be in", dict(weight=-0.1)),
     ]

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from ressa.adaptation.kept_masks import mask_record
 from torch import nn
 
+from ressa.adaptation.kept_masks import mask_record
 from ressa.adaptation.sparse_lora import SparseLoraConfig
 from ressa.pruning.scores import magnitude
 

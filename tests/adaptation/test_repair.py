@@ -15,9 +15,9 @@ import same_repair
 import torch
 from same_repair import repaired, weights_of
 
-from ressa.adaptation.adapters import ADAPTERS, zero_masks, zeros_filled
+from ressa.adaptation.adapters import ADAPTERS, adapt, zero_masks, zeros_filled
 from ressa.adaptation.distillation import distillation_loss
-from ressa.adaptation.repair import RepairReport, repair
+from ressa.adaptation.repair import PAPER_RANKS, RepairReport, repair
 from ressa.adaptation.teachers import CachedTeacher
 from ressa.data.collate import collate
 
@@ -42,6 +42,88 @@ def repaired_copy(case):
         return repair(model, case.train, case.processor, **options)
 
     return run
+
+
+# The paper's arguments
+
+
+def trained_by_a_plain_loop(model, dense, batches, start):
+    """The paper's description, line by line: weight name → W + s·(BA)⊙M.
+
+    `start` holds A and B of each layer, and its scale α/r.
+    """
+    trained = {
+        name: (A.clone().requires_grad_(), B.clone().requires_grad_(), scale)
+        for name, (A, B, scale) in start.items()
+    }
+    pruned = {name: model.get_parameter(f"{name}.weight").detach() for name in trained}
+
+    def weights():
+        return {
+            f"{name}.weight": pruned[name] + scale * (B @ A) * (pruned[name] != 0)
+            for name, (A, B, scale) in trained.items()
+        }
+
+    parameters = [part for A, B, _ in trained.values() for part in (A, B)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    for batch in batches:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        student = torch.func.functional_call(model, weights(), kwargs=inputs).logits
+        with torch.no_grad():
+            teacher = dense(**inputs).logits
+        task = torch.nn.functional.cross_entropy(
+            student[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        )
+        log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum() / len(student)
+        optimizer.zero_grad()
+        (0.9 * task + 0.1 * divergence).backward()
+        optimizer.step()
+    return {name: value.detach() for name, value in weights().items()}
+
+
+def test_the_paper_in_six_steps_is_a_plain_loop(case):
+    data = case.train.select(range(24))
+    batches = [
+        collate([data[i] for i in range(k, k + 4)], case.processor)
+        for k in range(0, 24, 4)
+    ]
+    torch.manual_seed(0)
+    student = adapt(copy.deepcopy(case.pruned), r=PAPER_RANKS, lora_alpha=16)
+    start = {
+        name: (
+            layer.lora_A["default"].weight.detach(),
+            layer.lora_B["default"].weight.detach(),
+            16 / layer.r["default"],
+        )
+        for name, layer in student.get_base_model().named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert {scale for _, _, scale in start.values()} == {4.0, 2.0, 8.0}
+    wanted = trained_by_a_plain_loop(case.pruned, case.dense, batches, start)
+    before = {name: case.pruned.get_parameter(name).clone() for name in wanted}
+    report = repair(
+        case.pruned,
+        data,
+        case.processor,
+        teacher=case.dense,
+        preset="paper",
+        batch_size=4,  # one pass over 24 examples: six steps
+        train_sampling_strategy="sequential",
+        disable_tqdm=True,
+    )
+    assert report.log[-1]["step"] == 6
+    for name, weight in wanted.items():
+        found = report.model.get_parameter(name)
+        assert (found - weight).norm() < 1e-5 * weight.norm(), name
+        moved = (weight - before[name]).norm()
+        assert (found - weight).norm() <= 0.01 * moved, name  # not by standing still
+
+
+def test_the_paper_needs_a_length_or_steps(case):
+    stream = case.train.to_iterable_dataset()
+    with pytest.raises(ValueError, match="a stream has no length"):
+        repair(case.pruned, stream, case.processor, teacher=case.dense, preset="paper")
 
 
 # What comes back

@@ -24,10 +24,11 @@ from ressa.adaptation.teachers import (
     SelfTeacher,
     cache_targets,
     collate_targets,
+    distilled_tokens,
     model_inputs,
 )
 from ressa.data.collate import calibration_batch, collate
-from ressa.models.inputs import is_causal
+from ressa.models.inputs import is_causal, picture_tokens
 from ressa.parts import modality_map
 from ressa.pruning.engine import prune
 
@@ -181,6 +182,7 @@ def test_file_of_other_things_is_refused(case, examples, tmp_path):
         dict(teacher=case.pruned),
         dict(k=15),
         dict(temperature=2.0),
+        dict(positions="answer"),
         dict(teacher=None, temperature=2.0),
     ]
     for other in wrong:
@@ -221,8 +223,12 @@ def test_a_killed_run_leaves_no_half_file(case, examples, tmp_path):
     assert len(cached) == len(Dataset.from_file(str(file))) == 8
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_cached_targets_are_those_of_the_model(case, examples, tmp_path, temperature):
+@pytest.mark.parametrize(
+    "temperature, positions", [(1.0, "answer"), (2.0, "text"), (1.0, "all")]
+)
+def test_cached_targets_are_those_of_the_model(
+    case, examples, tmp_path, temperature, positions
+):
     "In any batches, in any order; with all words listed the loss is that of the model."
     cached = cache_targets(
         case.dense,
@@ -231,6 +237,7 @@ def test_cached_targets_are_those_of_the_model(case, examples, tmp_path, tempera
         tmp_path / "said.arrow",
         k=ALL_WORDS,
         temperature=temperature,
+        positions=positions,
         batch_size=3,
     )
     order = [6, 1, 3, 0, 7]
@@ -240,15 +247,23 @@ def test_cached_targets_are_those_of_the_model(case, examples, tmp_path, tempera
     with torch.no_grad():
         logits = case.pruned(**plain_batch).logits
     losses = []
+    where = distilled_tokens(
+        batch, batch["labels"], positions, pictures=picture_tokens(case.dense)
+    )
     for teacher in (CachedTeacher(), ModelTeacher(case.dense)):
         targets = teacher(case.pruned, batch)
         _, divergence = loss_terms(
-            logits, targets, batch["labels"], temperature=temperature
+            logits,
+            targets,
+            batch["labels"],
+            temperature=temperature,
+            positions=where,
         )
         losses.append(divergence)
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
     assert losses[1] > 0.1
     assert set(cached["teacher_temperature"]) == {temperature}
+    assert set(cached["teacher_positions"]) == {positions}
     without_targets = collate_targets([examples[0]], case.processor)
     with pytest.raises(ValueError, match="hold no targets"):
         CachedTeacher()(case.pruned, without_targets)
@@ -275,7 +290,8 @@ def encoder_decoder_config(config, pad_token_id):
     )
 
 
-def test_targets_of_an_encoder_decoder(case, examples, tmp_path):
+@pytest.mark.parametrize("positions", ["answer", "text", "all"])
+def test_targets_of_an_encoder_decoder(case, examples, tmp_path, positions):
     "Logits at i predict the label at i; the model makes its inputs of the labels, and no answer stands in the prompt."
     pad_token_id = case.processor.tokenizer.pad_token_id
     config = encoder_decoder_config(case.dense.config, pad_token_id)
@@ -290,6 +306,7 @@ def test_targets_of_an_encoder_decoder(case, examples, tmp_path):
         tmp_path / "said.arrow",
         k=ALL_WORDS,
         batch_size=4,
+        positions=positions,
     )
     batch = collate_targets(list(cached), case.processor, causal=False)
     assert batch["labels"].shape[1] < batch["input_ids"].shape[1]
@@ -298,7 +315,12 @@ def test_targets_of_an_encoder_decoder(case, examples, tmp_path):
     losses = []
     for teacher in (CachedTeacher(), ModelTeacher(dense)):
         targets = teacher(student, batch)
-        losses.append(loss_terms(logits, targets, batch["labels"], shift=False)[1])
+        where = distilled_tokens(batch, batch["labels"], positions, causal=False)
+        assert torch.equal(where, batch["labels"] != -100)
+        terms = loss_terms(
+            logits, targets, batch["labels"], shift=False, positions=where
+        )
+        losses.append(terms[1])
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
     assert losses[1] > 1e-4
 
@@ -319,5 +341,5 @@ def test_cached_targets_know_every_part_of_the_images(data):
             def __getitem__(self, key, other=other):
                 return texts[key] if isinstance(key, str) else other[key]
 
-        mixed = _fingerprint(Mixed(), None, 4, 1.0)
-        assert mixed != _fingerprint(examples, None, 4, 1.0), i
+        mixed = _fingerprint(Mixed(), None, 4, 1.0, "text")
+        assert mixed != _fingerprint(examples, None, 4, 1.0, "text"), i

@@ -21,6 +21,7 @@ from ressa.adaptation.distillation import loss_terms
 from ressa.adaptation.teachers import CachedTeacher, SelfTeacher, cache_targets
 from ressa.adaptation.trainer import RessaArguments, RessaTrainer
 from ressa.data.collate import collate
+from ressa.models.inputs import is_text, picture_tokens
 
 SEVERAL_PROCESSES = [
     sys.executable,
@@ -40,10 +41,10 @@ def gradients(model):
 # One step of several batches
 
 
-@pytest.mark.parametrize("positions", ["answer", "all"])
+@pytest.mark.parametrize("positions", ["answer", "text", "all"])
 def test_gradient_accumulation_is_one_large_batch(case, trainer_of, positions):
     "Accumulated gradients are the mean over all answer tokens, though batches have different numbers of them."
-    if positions == "all":  # means over examples: equal batches of equal examples
+    if positions != "answer":  # means over examples: equal batches of equal examples
         examples = [case.train[0]] * 4
     else:
         examples = [case.train[i] for i in range(4)]
@@ -65,7 +66,7 @@ def test_gradient_accumulation_is_one_large_batch(case, trainer_of, positions):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("positions", ["answer", "all"])
+@pytest.mark.parametrize("positions", ["answer", "text", "all"])
 def test_every_factor_of_the_loss(case, trainer_of, positions, monkeypatch):
     "Two processes and three accumulated batches, as the formula says."
     trainer = trainer_of(positions=positions, distill_weight=0.25)
@@ -74,18 +75,20 @@ def test_every_factor_of_the_loss(case, trainer_of, positions, monkeypatch):
     monkeypatch.setitem(state, "num_processes", 2)
     batch = collate([case.train[i] for i in range(4)], case.processor)
     model = trainer.model.train()
+    text = is_text(batch, picture_tokens(case.dense))
+    where = {"answer": "answer", "all": "all", "text": text}
     loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=100)
     with torch.no_grad():
         task, divergence = loss_terms(
             model(**batch).logits,
             case.dense(**batch).logits,
             batch["labels"],
-            positions=positions,
+            positions=where[positions],
         )
     answers = int((batch["labels"][:, 1:] != -100).sum())
     task_share = task * answers / 100
     divergence_share = divergence * answers / 100
-    if positions == "all":
+    if positions != "answer":
         divergence_share = divergence / 6
     want = 2 * (0.75 * task_share + 0.25 * divergence_share)
     torch.testing.assert_close(loss.detach(), want)
@@ -264,7 +267,7 @@ def test_teachers_that_do_not_fit_are_refused(case, trainer_of, tmp_path):
         ("training examples hold no targets", dict(train=train)),
         ("held-out examples hold no targets", dict(held_out=train)),
         ("targets were cached at 1.0", dict(temperature=2.0)),
-        ("positions='all' needs a teacher model", dict(positions="all")),
+        ("targets were cached for 'text'", dict(positions="all")),
         ("no training examples", dict(train=train.select([]))),
     ]
     for message, settings in wrong:
@@ -289,9 +292,18 @@ def test_the_student_cannot_teach_itself_while_its_own_weights_are_trained(
     [
         ("distill_weight must be in", dict(distill_weight=1.5)),
         ("temperature must be above 0", dict(temperature=0.0)),
-        ("positions must be 'answer' or 'all'", dict(positions="some")),
+        ("positions must be one of", dict(positions="some")),
+        ("preset must be one of", dict(preset="pape")),
     ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, message, wrong):
     with pytest.raises(ValueError, match=message):
         RessaArguments(str(tmp_path), **wrong)
+
+
+def test_a_preset_takes_the_place_of_defaults_only(tmp_path):
+    args = RessaArguments(str(tmp_path), preset="paper", temperature=2.0)
+    assert (args.positions, args.distill_weight, args.temperature) == ("all", 0.1, 2.0)
+    assert (args.max_grad_norm, args.weight_decay) == (0.0, 0.0)
+    assert args.lr_scheduler_type == "constant"
+    assert args.per_device_train_batch_size == 32

@@ -102,4 +102,5 @@ def with_targets(tmp_path):
 
     dense, processor = load_bundled("auto")
     examples = training_examples().select(range(100))
-    return cache_targets(dense, examples, processor, tmp_path / "targets.arrow", k=64)
+    file = tmp_path / "targets.arrow"
+    return cache_targets(dense, examples, processor, file, k=64, positions="answer")

@@ -61,4 +61,13 @@ def lines_off_a_terminal() -> None:
             last = time.monotonic()
             print(text.strip(), file=sys.stderr, flush=True)
 
+    def close(bar):
+        if not bar.disable:
+            print_line(str(bar))
+            bar.disable = True
+            bar._decr_instances(bar)
+
+    # What writes to the terminal in tqdm: the bar, its end, and the way to its line.
     tqdm_std.tqdm.status_printer = staticmethod(lambda file: print_line)
+    tqdm_std.tqdm.close = close
+    tqdm_std.tqdm.moveto = lambda bar, n: None

@@ -82,7 +82,7 @@ def describe_training() -> dict[str, dict[str, Any]]:
 
 # %% ../../nbs/reference/command_recipes.ipynb #5cb59549
 RECIPES = ASSETS / "recipes"  # the recipes that come with the package
-_NOTHING = ("", "~", "null", "none")  # a key with such a value is not set
+_NOTHING = ("", "~", "null")  # a key with such a value is not set
 
 
 def recipe_names() -> list[str]:
@@ -312,7 +312,7 @@ def _lines(title, about, given):
     for key, (text, default) in about.items():
         lines.append(f"# {text.replace('%%', '%')}")
         value = given.get(key, default)
-        if value is None:
+        if value is None or value == []:
             lines.append(f"# {key}:")
         elif key not in given and isinstance(value, str) and " " in value:
             lines.append(f"# {key}:  # {value}")

@@ -35,8 +35,8 @@ from ..models.real import chat_prompt, load_real
 from ..pruning.engine import prune
 
 # %% ../../nbs/studies/real_model.ipynb #d44c0057
-QUESTIONS = 300  # test questions
-WINDOWS = 8  # of each text
+QUESTIONS = 200  # test questions
+WINDOWS = 6  # of each text
 WINDOW = 512  # tokens of a window
 TEXTS = ("like", "unlike")  # the training text
 
@@ -273,11 +273,11 @@ def _repair_run(row, sparsity, rate, seed):
     } | measured(report.model)
 
 # %% ../../nbs/studies/real_model.ipynb #2401bb83
-METHODS_COMPARED = ("magnitude", "wanda", "ria", "sparsegpt", "wanda+dsnot")
+METHODS_COMPARED = ("wanda", "sparsegpt", "magnitude", "ria", "wanda+dsnot")
 TARGETS = (0.6, "2:4", 0.5, 0.7, "4:8")  # of the language part
 REPAIRED = (0.6, "2:4")
 EQUAL_SUMS = [  # sparsity of vision and of language
-    {"vision": round(total - language, 1), "language": language}
+    {"vision": round(total - language, 1), "language": round(language, 1)}
     for total in (1.0, 1.2)
     for language in (total / 2 - 0.2, total / 2, total / 2 + 0.2)
 ]
@@ -287,24 +287,24 @@ def _prune_setting(method, sparsity, seed=0):
     return {"kind": "prune", "method": method, "sparsity": sparsity, "seed": seed}
 
 
-def real_settings() -> dict[str, list[dict]]:  # name of a part → settings of its runs
-    "The settings of all runs, by part of this page."
-    repairs = [
+def _repairs_of(row):
+    return [
         {"kind": "repair", "row": row, "sparsity": target, "rate": rate, "seed": 0}
-        for row, ways in ROWS.items()
         for target in REPAIRED
-        for rate in ways.rates
+        for rate in ROWS[row].rates
     ]
-    return {
-        "dense": [_prune_setting("dense", {})],
-        "methods": [
-            _prune_setting(method, {"language": target})
-            for target in TARGETS
-            for method in METHODS_COMPARED
-        ],
-        "sums": [_prune_setting("wanda", sparsity) for sparsity in EQUAL_SUMS],
-        "repairs": repairs,
-    }
+
+
+def real_settings() -> dict[str, list[dict]]:  # name of a part → settings of its runs
+    "The settings of all runs, by part of this page: targets, ways to repair, sums."
+    settings = {"dense": [_prune_setting("dense", {})]}
+    for target in TARGETS:
+        settings[f"pruned to {target}"] = [
+            _prune_setting(method, {"language": target}) for method in METHODS_COMPARED
+        ]
+    settings |= {row: _repairs_of(row) for row in ROWS}
+    settings["equal sums"] = [_prune_setting("wanda", both) for both in EQUAL_SUMS]
+    return settings
 
 
 def real_run(

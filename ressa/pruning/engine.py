@@ -35,7 +35,7 @@ from ressa.parts import (
 )
 from ..progress import progress_bar
 from .masks import sparsity_of, validate_target
-from .methods import Method, method_of, prune_weights, target_keywords
+from .methods import Method, method_of, prune_weights, takes_group, target_keywords
 from ressa.pruning.passes import (
     Reached,
     before_first_call,
@@ -274,10 +274,21 @@ class _Inputs:
             mask = mask.reshape(x.shape[:-1])
         return real_tokens(x, mask)
 
+    def measured(self, name, x, examples=slice(None)) -> Statistics:
+        "The statistics of what layer `name` is given for some examples."
+        if not self.method.within or x.dim() < 3:
+            return self.method.statistics(self.tokens(name, x, examples))
+        mask = self.masks.mask_of(name, self.part_of(name), x)
+        masks = [None] * len(x) if mask is None else mask[examples]
+        one_by_one = [real_tokens(row, kept) for row, kept in zip(x, masks)]
+        return self.method.statistics(
+            [tokens.flatten(0, -2) for tokens in one_by_one]
+        )
+
     def statistics(self, name, x) -> Statistics:
         "The statistics of the input `x` of layer `name` for all examples."
         if x not in self._statistics_of:
-            self._statistics_of[x] = self.method.statistics(self.tokens(name, x))
+            self._statistics_of[x] = self.measured(name, x)
         return self._statistics_of[x]
 
     def statistics_of_all(self, model, batch, layers) -> dict[str, Statistics]:
@@ -300,11 +311,11 @@ class _Inputs:
         for piece in pieces:
             inputs = inputs_of(layers, forward, piece.args, piece.kwargs)
             for name, x in inputs.items():
-                tokens = self.tokens(name, x, slice(piece.start, piece.end))
+                stats = self.measured(name, x, slice(piece.start, piece.end))
                 if name in found:
-                    found[name].update(tokens)
+                    found[name].add(stats)
                 else:
-                    found[name] = self.method.statistics(tokens)
+                    found[name] = stats
         return found
 
 # %% ../../nbs/reference/engine.ipynb #8c7ccd70
@@ -417,6 +428,7 @@ class _Pruner:
     targets: Mapping[str, float | str]  # name → sparsity or pattern
     inputs: _Inputs
     options: dict  # of `prune_weights` and of the method
+    groups: Mapping[str, str]  # name → "row" or "layer"; others: as the method does
     bar: tqdm
     report: PruneReport = field(default_factory=PruneReport)
     keeps_dense: bool = False  # copies of the weights that are replaced
@@ -432,7 +444,7 @@ class _Pruner:
     def prune_group(self, names, stats, started):
         "Prune layers whose input has these statistics; `started` is on the clock."
         self.done.update(names)
-        names_of_target = defaultdict(list)
+        names_of_setting = defaultdict(list)
         for name in names:
             weight = StoredWeight(self.layers[name]).read()
             if weight.isfinite().all():
@@ -440,20 +452,22 @@ class _Pruner:
             else:
                 reason = "its weight holds NaN or infinity"
             if reason is None:
-                names_of_target[self.targets[name]].append(name)
+                setting = self.targets[name], self.groups.get(name)
+                names_of_setting[setting].append(name)
             else:
                 self.report.left_dense[name] = reason
-        for target, same_target in names_of_target.items():
-            self._prune_to(target, same_target, stats, started)
+        for (target, group), same_setting in names_of_setting.items():
+            self._prune_to(target, group, same_setting, stats, started)
         self.bar.update(len(names))
 
-    def _prune_to(self, target, names, stats, started):
-        "Prune layers that have the input and the target in common."
+    def _prune_to(self, target, group, names, stats, started):
+        "Prune layers that have the input, the target and the group in common."
         stored = [StoredWeight(self.layers[name]) for name in names]
         device = stats.square_sum.device
         dense = [weight.read().to(device) for weight in stored]
         method = self.inputs.method
-        pruned = prune_weights(dense, stats, target, method, **self.options)
+        options = self.options if group is None else self.options | {"group": group}
+        pruned = prune_weights(dense, stats, target, method, **options)
         # The errors come first: `dense` may be the very tensors that are overwritten.
         errors = [estimated_error(old, new, stats) for old, new in zip(dense, pruned)]
         for name, weight, new in zip(names, stored, pruned):
@@ -557,6 +571,19 @@ def _check_options(micro_batch, recompute, dense_statistics):
             "dense_statistics takes the whole batch at once: leave micro_batch out"
         )
 
+# %% ../../nbs/reference/engine.ipynb #new
+def _check_groups(groups, method, options):
+    "Raise `ValueError` for groups that a method does not take."
+    if not groups:
+        return
+    if "group" in options or not takes_group(method):
+        raise ValueError(
+            f"{method.function} compares weights in its own way: leave group out"
+        )
+    for name, group in groups.items():
+        if group not in ("row", "layer"):
+            raise ValueError(f"{name}: group must be 'row' or 'layer', not {group!r}")
+
 # %% ../../nbs/reference/engine.ipynb #cd0517ea
 class HalfPrunedError(RuntimeError):
     "Pruning stopped half-way: some layers of the model are pruned, others are dense."
@@ -629,6 +656,7 @@ def prune_layers(
     recompute: str = "group",  # with `micro_batch`: measure per "group" or per "block"
     dense_statistics: bool = False,  # measure all layers on the dense model
     exact: bool = False,  # right to one weight of a layer, not rounded in each row
+    groups: Mapping[str, str] | None = None,  # name → compare within "row" or "layer"
     keep_dense: bool
     | None = None,  # copies, to undo a failure; None: if they are small
     progress: bool | str = True,  # show a progress bar; a text: the model's name
@@ -649,9 +677,12 @@ def prune_layers(
     for name, layer in layers.items():
         StoredWeight(layer).require_place(name)
     inputs = _Inputs(method_of(method), batch, part_of, model)
+    _check_groups(groups, inputs.method, options)
     bar = progress_bar(total=len(layers), show=progress, doing="prune", unit="layer")
     options["exact"] = exact
-    pruner = _Pruner(model, batch, layers, targets, inputs, options, bar)
+    pruner = _Pruner(
+        model, batch, layers, targets, inputs, options, groups or {}, bar
+    )
     pruner.keeps_dense = _fit_in_memory(layers) if keep_dense is None else keep_dense
     with (
         bar,
@@ -688,6 +719,7 @@ def prune(
     *,
     sparsity=None,  # a target, or a mapping: part, layer or expression → target
     pattern: str | None = None,  # instead: one N:M pattern for vision and language
+    group=None,  # compare within "row" or "layer"; or a mapping: part, … → one of both
     **options,  # of `prune_layers` (micro_batch, progress, …) and of the method
 ) -> PruneReport:
     """Prune a vision-language model in one forward pass.
@@ -701,8 +733,16 @@ def prune(
     parts = modality_map(model)
     targets = layer_targets(parts, sparsity, pattern)
     batch = to_device(batch, input_device(model))
+    groups = {} if group is None else per_layer(group, parts, PARTS)
     report = prune_layers(
-        model, batch, parts.layers, targets, method, part_of=parts.part_of, **options
+        model,
+        batch,
+        parts.layers,
+        targets,
+        method,
+        part_of=parts.part_of,
+        groups=groups,
+        **options,
     )
     for name, parameter in model.named_parameters():  # a tied one comes once
         part = parts.part_of(name)

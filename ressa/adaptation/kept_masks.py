@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 # %% ../../nbs/reference/kept_masks.ipynb #0b47556a
 def mask_record(
@@ -58,11 +59,13 @@ def _keep_nonzero_(weight, kept):
 class KeepsMask(LoraLinear):
     "A LoRA layer of PEFT that holds its base weight to the recorded mask."
 
-    base_layer: nn.Linear
+    base_layer: nn.Linear | Conv1D
     mask_record: str | None = None  # of the base weight when the adapter was made
 
     def __init__(self, base_layer, adapter_name, config, **kwargs):
         super().__init__(base_layer, adapter_name, config, **kwargs)
+        # GPT-2 stores its weights as (in, out), a ViT beside it as (out, in)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.record_mask()
 
     def record_mask(self) -> None:
@@ -73,7 +76,8 @@ class KeepsMask(LoraLinear):
     def check_mask(self) -> None:
         "Raise `ValueError` if the base weight holds other zeros than recorded."
         weight = self.base_layer.weight
-        is_whole = weight.shape == (self.out_features, self.in_features)
+        shape = (self.out_features, self.in_features)
+        is_whole = weight.shape == (shape[::-1] if self.fan_in_fan_out else shape)
         if self.mask_record is None or weight.is_meta or not is_whole:
             return  # FSDP has placeholders and pieces
         found = mask_record(weight)

@@ -30,7 +30,7 @@ from ressa.adaptation.adapter_checks import (
     require_unpruned_saved_modules,
 )
 from .kept_masks import KeepsMask, require_masks
-from ..parts import PARTS, modality_map, per_layer
+from ..parts import LINEAR, PARTS, modality_map, per_layer
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #c9a939ba
 def masked_weight(
@@ -203,15 +203,14 @@ class SparseLoraLinear(KeepsMask):
         if self.disable_adapters or self.merged or not names:
             return base(x, *args, **kwargs)
         A, B, scale = self._stacked(names)
+        weight = base.weight.t() if self.fan_in_fan_out else base.weight
         # On a model that is spread over devices, accelerate's hook at `base` would move
         # x to the weight; but `base` is not called here.
-        y = sparse_lora_linear(
-            x.to(base.weight.device), base.weight, base.bias, A, B, scale
-        )
+        y = sparse_lora_linear(x.to(weight.device), weight, base.bias, A, B, scale)
         return y.to(x.device)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        "s·(BA)⊙[W≠0] of one adapter, (out, in): what merging adds."
+        "s·(BA)⊙[W≠0] of one adapter, in the base's shape: what merging adds."
         delta = super().get_delta_weight(adapter)
         return torch.where(self.base_layer.weight != 0, delta, 0)
 
@@ -281,13 +280,13 @@ def peft_targets(
 # %% ../../nbs/course/09_sparse_lora.ipynb #87b70641
 def _check_layer(layer):
     "Raises `ValueError` for a layer whose zeros cannot be read."
-    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
+    if not isinstance(layer, LINEAR) or not layer.weight.is_floating_point():
         kind = type(layer).__name__
     elif layer.weight.is_meta and hasattr(layer, "_hf_hook"):
         kind = "offloaded layer"
     else:
         return
-    raise ValueError(f"SparseLoRA adapts nn.Linear layers of floats, not this {kind}")
+    raise ValueError(f"SparseLoRA adapts linear layers of floats, not this {kind}")
 
 
 def _choose_by_part(model, config):

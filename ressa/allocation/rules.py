@@ -363,7 +363,7 @@ def loss_pieces(
     return [_with_labels_of(batch, start, end) for start, end in spans]
 
 # %% ../../nbs/reference/rules.ipynb #dd594328
-def _slopes(model, batch, groups, pieces, step, seed, fixed):
+def _slopes(model, batch, groups, pieces, step, seed, fixed, probe):
     "The slope of the loss along each group of layers, summed over pieces of a batch."
     parts = modality_map(model)
     batch = to_device(batch, input_device(model))
@@ -376,8 +376,9 @@ def _slopes(model, batch, groups, pieces, step, seed, fixed):
     for piece in batches:
         loss = functools.partial(calibration_loss, model, piece)
         for group, names in groups.items():
-            weights = [parts.layers[name].weight.data for name in names]
-            slopes[group] += random_slope(loss, weights, generator, step)
+            for moved in [names] if probe == "group" else [[name] for name in names]:
+                weights = [parts.layers[name].weight.data for name in moved]
+                slopes[group] += random_slope(loss, weights, generator, step)
     return slopes
 
 # %% ../../nbs/reference/rules.ipynb #418470b5
@@ -391,6 +392,7 @@ def ecoflap(
     step: float = 1e-3,  # ε: how far the weights are moved
     seed: int = 0,  # of the directions
     by: str = "block",  # what shares a sparsity: "block" or "layer"
+    probe: str = "group",  # move all of it at once, or each "layer" alone (the authors)
     m: int | None = None,  # give N:M patterns with this M; None: sparsities
     fixed: Mapping | None = None,  # part, layer or regex → target already set
 ) -> dict:  # layer name → target
@@ -399,6 +401,8 @@ def ecoflap(
     Raises `ValueError` for an invalid option, a batch without labels, a layer that it
     does not reach, or a budget that cannot be met.
     """
+    if probe not in ("group", "layer"):
+        raise ValueError(f"probe must be 'group' or 'layer', not {probe!r}")
     if pieces < 1:
         raise ValueError(f"pieces must be 1 or more, not {pieces}")
     require_in_memory(model, "ecoflap")
@@ -411,7 +415,7 @@ def ecoflap(
     shapes = shapes_of(model)
     groups = layer_groups(model, shapes, by)
     with evaluation_mode(model):
-        worth = _slopes(model, batch, groups, pieces, step, seed, fixed)
+        worth = _slopes(model, batch, groups, pieces, step, seed, fixed, probe)
     sizes = {
         group: sum(math.prod(shapes[name]) for name in names)
         for group, names in groups.items()

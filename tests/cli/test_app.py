@@ -1,6 +1,7 @@
 """The command, as a user calls it: whole runs, fresh processes, wrong options, full disks."""
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -13,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from ressa import files
-from ressa.cli.app import COMMANDS, main, parse
-from ressa.cli.options import Option
+from ressa.cli.app import COMMANDS, main
 
 COMMAND = str(Path(sys.executable).parent / "ressa")
 QUICK = "--limit 40 --steps 4 --batch-size 8 --calibration 16".split()
@@ -36,19 +36,35 @@ def run(capsys, *args):
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help_teaches(capsys, command):
     code, said, _ = run(capsys, *command, "--help")
-    assert code == 0 and "examples:" in said
-    for option in COMMANDS[command[0]][1] if command else ():
-        assert option.flag in said
+    assert code == 0 and said.startswith("usage: ressa")
+    if not command:
+        for name, (_, about) in COMMANDS.items():
+            assert name in said and about in said
 
 
-def test_options_reach_the_functions_of_the_commands():
-    for name, (function, options) in COMMANDS.items():
-        args = parse([name])
-        assert args.run is function and args.command == name
-        for option in options:
-            assert isinstance(option, Option)
-            name_of = option.flag.removeprefix("--").replace("-", "_")
-            assert getattr(args, name_of) == option.default
+def test_the_table_of_commands():
+    for name, (module_name, about) in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        assert callable(module.add_options) and callable(module.run), name
+        assert about and "\n" not in about
+
+
+def test_only_the_chosen_command_is_imported():
+    code = """
+import sys
+from ressa.cli.app import COMMANDS, parse
+parse(["pack"])
+print([name for name, (module, _) in COMMANDS.items() if module in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "['pack']", done.stderr
+
+
+def test_version(capsys):
+    import ressa
+
+    code, said, _ = run(capsys, "--version")
+    assert code == 0 and said.strip() == f"ressa {ressa.__version__}"
 
 
 @pytest.mark.parametrize("line", ["--help", "repair --help"])
@@ -111,7 +127,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_results_hold_what_they_promise(finished):
     results = json.loads((finished[0] / "results.json").read_text())
-    for row in ("dense", "pruned", "plain_lora", "repaired", "blind"):
+    for row in ("dense", "pruned", "repaired", "blind"):
         low, high = results[row]["accuracy_ci"]
         assert 0 <= low <= results[row]["accuracy"] <= high <= 1 + 1e-9
         if row != "blind":
@@ -122,12 +138,13 @@ def test_results_hold_what_they_promise(finished):
     assert results["seconds"]["repaired_training"] > 0
     assert results["peak_memory_mb"] < 2000
     assert results["dense"]["accuracy"] > 0.9 > results["pruned"]["accuracy"]
+    assert "plain_lora" not in results  # a rival, which was not asked for
 
 
 @pytest.mark.slow
 def test_report_is_one_whole_page(finished):
     page = (finished[0] / "report.html").read_text()
-    assert page.endswith("</html>") and page.count("data:image/png") >= 3
+    assert page.endswith("</html>") and page.count("data:image/png") >= 1
     assert 'src="http' not in page and "<script" not in page
     for text in (page, finished[1]):
         assert "Zeros filled by the repair: 0" in text
@@ -186,7 +203,7 @@ def test_killed_and_called_again(tmp_path, finished):
     quiet = os.environ | {"TQDM_DISABLE": "1"}
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=quiet)
     for message in process.stderr:
-        if "repaired: 4 steps" in message:
+        if "train: repaired" in message:
             break
     time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
@@ -196,7 +213,7 @@ def test_killed_and_called_again(tmp_path, finished):
     assert done.returncode == 0, done.stderr
     resumed = json.loads((out / "results.json").read_text())
     undisturbed = json.loads((finished[0] / "results.json").read_text())
-    for row in ("dense", "pruned", "plain_lora", "repaired"):
+    for row in ("dense", "pruned", "repaired"):
         assert resumed[row]["accuracy"] == undisturbed[row]["accuracy"], row
     assert resumed["zeros_filled"] == 0
 
@@ -236,14 +253,19 @@ def test_pack_and_unpack_give_the_same_weights(tmp_path, capsys):
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        ("--method wandering", "method must be one of"),
-        ("--sparsity 1.3", "sparsity must be in [0, 1)"),
         ("--sparsity -0.1", "sparsity must be in [0, 1)"),
         ("--pattern 2:7", "divisible by 7"),
         ("--pattern 4:2", "pattern must be 'N:M'"),
         ("--pattern 2:4 --vision 0.5", "--pattern cannot go with --vision"),
         ("--device abacus", "device 'abacus' is unknown"),
-        ("--dtype int3", "dtype must be auto or one of"),
+        ("--dtype int3", "dtype: invalid choice"),
+        ("--teacher self --method sparsegpt", "use --teacher cached"),
+        ("--teacher self --adapter full", "use --teacher cached"),
+        ("--compare pissa", "--compare: 'pissa' is unknown"),
+        ("--allocation owl --vision 0.5", "spreads one sparsity"),
+        ("--patience 2", "--patience needs --held-out"),
+        ("--label-smoothing-factor 0.1", "does not support label_smoothing_factor"),
+        ("--split validation", "--split of easy-vqa must be test"),
         ("--calibration 1000000", "examples are there"),
         ("--model no/such-model", "no model that ressa can load"),
     ],
@@ -253,14 +275,6 @@ def test_options_that_cannot_be_met(tmp_path, capsys, wrong, said):
     code, _, error = run(capsys, "repair", "--out", out, *wrong.split())
     assert code == 2 and error.startswith("ressa: error:") and said in error
     assert len(error.splitlines()) == 1 and not out.exists()
-
-
-@pytest.mark.parametrize("flag", ["--lr", "--temperature"])
-@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
-def test_numbers_that_are_none(tmp_path, capsys, flag, value):
-    out = tmp_path / "out"
-    code, _, error = run(capsys, "repair", "--out", out, flag, value)
-    assert code == 2 and f"{flag} must be above 0" in error and not out.exists()
 
 
 @pytest.mark.slow
@@ -276,7 +290,7 @@ def test_a_path_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
     code, _, error = run(capsys, "prune", "--calibration", 8, "--out", out)
-    assert code == 2 and "cannot be written" in error
+    assert code == 1 and "cannot be written" in error
 
 
 def test_broken_checkpoints_are_refused(tmp_path, capsys):
@@ -375,7 +389,7 @@ def test_repair_of_another_model_on_other_data(tmp_path, capsys, vqav2, name):
     assert results["dense"]["metric"] == "VQA accuracy" and results["zeros_filled"] == 0
     # the most frequent answer, and more than three people gave it
     assert results["blind"]["accuracy"] == 1
-    for row in ("dense", "pruned", "plain_lora", "repaired"):
+    for row in ("dense", "pruned", "repaired"):
         assert 0 <= results[row]["accuracy"] <= 1
     assert (out / "report.html").read_text().endswith("</html>")
     repaired, _ = load_model(out / "model", "cpu")

@@ -109,5 +109,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     results = main_job.main_job(args)
     assert adapters == ["sparselora"]
     assert results["plain_lora"]["accuracy"] == kept["plain_lora"]["accuracy"]
-    assert main_job.main_job(args)["repaired"] == json.loads(json.dumps(results["repaired"]))
+    assert main_job.main_job(args)["repaired"] == json.loads(
+        json.dumps(results["repaired"])
+    )
     assert adapters == ["sparselora"]  # a run that has ended trains nothing

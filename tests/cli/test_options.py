@@ -1,21 +1,43 @@
 """Options of the command: their names are those of the library, and values are checked."""
 
-from argparse import Namespace
+import dataclasses
+from argparse import ArgumentParser, Namespace
 
 import pytest
 
 from ressa.cli import options
-from ressa.cli.options import pruning_target, validate_options
+from ressa.cli.options import (
+    DataOptions,
+    ModelOptions,
+    OutOptions,
+    PruneOptions,
+    RepairOptions,
+    TestOptions,
+    TrainOptions,
+    add_fields,
+    canonical,
+    pruning_target,
+    ranks_of,
+    rivals_of,
+    stored_in,
+    validate_options,
+)
 
-ALL = {
-    option.flag: option
-    for table in (options.LOADING, options.TESTING, options.PRUNING, options.REPAIR)
-    for option in table
-}
+CLASSES = (
+    ModelOptions,
+    DataOptions,
+    TrainOptions,
+    TestOptions,
+    PruneOptions,
+    RepairOptions,
+    OutOptions,
+)
+FIELDS = [field for cls in CLASSES for field in dataclasses.fields(cls)]
 
 
 def test_names_are_those_of_the_library():
     "They are repeated, because the modules that define them import torch."
+    from ressa.adaptation.adapters import ADAPTERS
     from ressa.devices import DTYPES
     from ressa.parts import PARTS
     from ressa.pruning.methods import METHODS
@@ -23,78 +45,106 @@ def test_names_are_those_of_the_library():
     assert options.METHODS == tuple(METHODS)
     assert options.PARTS == tuple(PARTS)
     assert options.DTYPES == tuple(DTYPES)
-    for part in PARTS:
-        assert f"--{part}" in ALL
+    assert options.ADAPTERS == tuple(ADAPTERS)
+    for rival in options.RIVALS.values():
+        assert rival.get("adapter", "lora") in ADAPTERS
 
 
-def test_defaults_are_those_of_the_library():
-    import inspect
-
-    from ressa.adaptation.repair import repair
-
-    parameters = inspect.signature(repair).parameters
-    for flag, name in (
-        ("--steps", "steps"),
-        ("--batch-size", "batch_size"),
-        ("--lr", "learning_rate"),
-        ("--seed", "seed"),
-    ):
-        assert ALL[flag].default == parameters[name].default, flag
+def test_each_key_stands_in_one_class_and_has_a_help():
+    names = [field.name for field in FIELDS]
+    assert len(names) == len(set(names))
+    for field in FIELDS:
+        assert field.metadata["help"]
 
 
-def test_every_default_is_of_its_type():
-    for option in ALL.values():
-        assert option.default is None or type(option.default) is option.type
-        assert option.help and option.flag.startswith("--")
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("--batch-size", "per_device_train_batch_size"),
+        ("lr", "learning_rate"),
+        ("steps", "max_steps"),
+        ("--train-split", "train_split"),
+        ("output-dir", "out"),
+    ],
+)
+def test_shorter_and_older_names(name, key):
+    assert canonical(name) == key
 
 
-def target(sparsity=0.8, pattern=None, vision=None, language=None, interface=None):
-    return pruning_target(
-        Namespace(
-            sparsity=sparsity,
-            pattern=pattern,
-            vision=vision,
-            language=language,
-            interface=interface,
-        )
-    )
+def test_both_spellings_are_options():
+    parser = ArgumentParser()
+    add_fields(parser, *CLASSES)
+    for field in FIELDS:
+        for flag in (field.name, field.name.replace("_", "-")):
+            found = vars(parser.parse_args([f"--{flag}", "7"]))
+            assert found == {field.name: "7"}
 
 
 def test_the_target_of_pruning():
-    assert target() == {"sparsity": {"vision": 0.8, "language": 0.8}}
-    assert target(vision=0.0) == {"sparsity": {"vision": 0.0, "language": 0.8}}
-    assert target(interface=0.3)["sparsity"] == {
-        "vision": 0.8,
-        "language": 0.8,
+    assert pruning_target(PruneOptions()) == {
+        "sparsity": {"vision": 0.8, "language": 0.8}
+    }
+    own = PruneOptions(sparsity=0.5, vision=0.0, interface=0.3)
+    assert pruning_target(own)["sparsity"] == {
+        "vision": 0.0,
+        "language": 0.5,
         "interface": 0.3,
     }
-    assert target(pattern="2:4") == {"pattern": "2:4"}
-    with pytest.raises(ValueError, match="--pattern cannot go with --language"):
-        target(pattern="2:4", language=0.5)
+    assert pruning_target(PruneOptions(pattern="2:4")) == {"pattern": "2:4"}
+
+
+@pytest.mark.parametrize("beside", ["sparsity", "vision", "language", "interface"])
+def test_a_pattern_stands_alone(beside):
+    with pytest.raises(ValueError, match=f"--pattern cannot go with --{beside}"):
+        pruning_target(PruneOptions(pattern="2:4", **{beside: 0.5}))
+
+
+def test_rivals_and_ranks():
+    assert rivals_of(RepairOptions()) == []
+    assert rivals_of(RepairOptions(compare="labels,hira, labels")) == ["labels", "hira"]
+    with pytest.raises(ValueError, match="--compare: 'pissa' is unknown"):
+        rivals_of(RepairOptions(compare="hira,pissa"))
+    assert ranks_of(None) is None and ranks_of("4") == 4
+    assert ranks_of('{"vision": 4}') == {"vision": 4}
+    for wrong in ("0", "four", "{}", "[4]", '{"vision": 0.5}', "true"):
+        with pytest.raises(ValueError, match="--alpha must be a number, 1 or more"):
+            ranks_of(wrong, "--alpha")
 
 
 @pytest.mark.parametrize(
     "wrong, said",
     [
         (dict(limit=0), "--limit must be 1 or more, not 0"),
-        (dict(steps=0), "--steps must be 1 or more"),
-        (dict(batch_size=0), "--batch-size must be 1 or more"),
         (dict(calibration=-1), "--calibration must be 1 or more"),
         (dict(train_limit=0), "--train-limit must be 1 or more"),
         (dict(test_batch=0), "--test-batch must be 1 or more"),
-        (dict(lr=-1), "--lr must be above 0"),
-        (dict(lr=float("nan")), "--lr must be above 0"),
-        (dict(temperature=0), "--temperature must be above 0"),
-        (dict(temperature=float("inf")), "--temperature must be above 0"),
-        (dict(distill_weight=2), "--distill-weight must be in"),
-        (dict(distill_weight=float("nan")), "--distill-weight must be in"),
+        (dict(micro_batch=0), "--micro-batch must be 1 or more"),
+        (dict(sparsity=100.0), "all weights of the part would be zero"),
+        (dict(sparsity=80.0), "--sparsity must be in .* 80 % is 0.8"),
+        (dict(vision=-0.1), "--vision must be in"),
+        (dict(language=float("nan")), "--language must be in"),
+        (dict(seed=-1), "--seed must be in 0"),
+        (dict(seed=2**32), "--seed must be in 0"),
+        (dict(method="wander"), "--method must be one of"),
+        (dict(patience=2), "--patience needs --held-out"),
+        (dict(offload_folder="x"), "--offload-folder needs --device-map"),
+        (dict(device="cpu", device_map="auto"), "leave --device out"),
+        (dict(model="bundled", revision="main"), "--revision is for other models"),
+        (dict(data="easy-vqa", config="x"), "--config is for other data sets"),
+        (dict(data="easy-vqa", split="validation"), "--split of easy-vqa must be test"),
+        (dict(data="easy-vqa", train_split="test"), "--train-split of easy-vqa must"),
     ],
 )
-def test_numbers_that_make_no_sense(wrong, said):
+def test_what_makes_no_sense(wrong, said):
     with pytest.raises(ValueError, match=said):
         validate_options(Namespace(**wrong))
 
 
-def test_what_is_not_given_is_not_checked():
-    validate_options(Namespace())
-    validate_options(Namespace(limit=None, lr=1e-4, distill_weight=0.0, steps=1))
+def test_what_makes_sense():
+    validate_options(*(cls() for cls in CLASSES))
+    validate_options(Namespace(data="easy-vqa", split="test[:9]", method="ria+dsnot"))
+
+
+def test_folders_of_packing():
+    assert stored_in(Namespace(), "packed") == ("ressa-out/model", "ressa-out/packed")
+    assert stored_in(Namespace(model="a", out="b"), "unpacked") == ("a", "b")

@@ -23,8 +23,8 @@ def parser():
 @pytest.mark.parametrize(
     "unknown, said",
     [
-        (["--ovenheat", "3"], "unknown option --ovenheat. Did you mean --oven-heat?"),
-        (["--ovenheat=3"], "unknown option --ovenheat. Did you mean --oven-heat?"),
+        (["--ovenheat", "3"], "unknown option --ovenheat. Did you mean --oven-heat"),
+        (["--ovenheat=3"], "unknown option --ovenheat. Did you mean --oven-heat"),
         (["leftover"], "unexpected argument 'leftover'"),
     ],
 )

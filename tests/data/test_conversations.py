@@ -188,7 +188,8 @@ def test_exactly_the_words_of_the_assistant_are_labelled(name):
         "earlier_answers": written.earlier,
     }
     short = {"image": [], "prompt": "what ?", "answer": "green"}
-    batch = collate([row, short], reader)
+    alone = name in tiny_models.SAME_NUMBER
+    batch = collate([row] if alone else [row, short], reader)
     ids = batch["input_ids"][0].tolist()
     words = {token_id(word) for word in " ".join(ANSWERS).split()}
     expected = [IGNORED] * len(ids)

@@ -11,6 +11,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ressa.data.encoding import number_of_images
+
 WORDS = "what color is the shape ? red blue green circle square a picture of two"
 TOKENS = [
     "<pad>",
@@ -546,6 +548,8 @@ def tiny(name, folder):
 
 # Classes of which an example has exactly one image.
 ONE_IMAGE = [name for name in TINY if "BLIP" in name] + list(RETRIEVING)
+# Classes of which all examples of a batch have the same number of images.
+SAME_NUMBER = ["Mllama"]
 
 
 def picture(height, width, seed=0):
@@ -558,20 +562,20 @@ def picture(height, width, seed=0):
 def examples(name, processor):
     "Three examples with images of different sizes: one, two and none, where the class can take that."
     first, second, third = picture(20, 24), picture(40, 16, 1), picture(16, 30, 2)
-    if name in ONE_IMAGE:
-        mark = ""
-        images = [first, second, third]
-    else:
-        mark = getattr(processor, "image_token", "")
-        images = [first, [second, third], None]
+    mark = "" if name in ONE_IMAGE else getattr(processor, "image_token", "")
     if "Qwen" in name:
         mark = f"<|vision_start|>{mark}<|vision_end|>"
+    images = [first, [second, third], None]
+    if name in ONE_IMAGE + SAME_NUMBER:
+        images = [first, second, third]
     questions = [
-        (f"{mark} what is the color ?", "red"),
-        (f"{mark} {mark} what shape is the circle ?", "blue circle"),
+        ("what is the color ?", "red"),
+        ("what shape is the circle ?", "blue circle"),
         ("what shape is two ?", "green"),
     ]
-    return [
-        {"image": image, "prompt": prompt, "answer": answer}
-        for image, (prompt, answer) in zip(images, questions)
-    ]
+    rows = []
+    for image, (question, answer) in zip(images, questions):
+        marks = [mark] * number_of_images({"image": image})
+        prompt = " ".join([*marks, question])
+        rows.append({"image": image, "prompt": prompt, "answer": answer})
+    return rows

@@ -65,23 +65,29 @@ def _compiled_masked_weight():
     return torch.compile(masked_weight, dynamic=True)
 
 
-def _fast_masked_weight(weight, A, B):
-    "`masked_weight`, as fast as the device allows; not differentiable."
-    kind = weight.device.type
-    if kind in _compiled_devices and not torch.compiler.is_compiling():
-        try:
-            # The compiler takes the shape of a parameter for a constant, makes a kernel
-            # for each, and gives up after eight; of a plain tensor it does not.
-            return _compiled_masked_weight()(weight.detach(), A.detach(), B.detach())
-        except Exception as error:  # a compiler fails in many ways
-            _compiled_devices.discard(kind)
-            warnings.warn(
-                f"SparseLoRA goes on without torch.compile: {error}", stacklevel=2
-            )
+def _masked_weight_in_place(weight, A, B):
+    "`masked_weight`, with mask and sum written into the product BA."
     update = B @ A
     if update.dtype != weight.dtype:
         update = update.to(torch.promote_types(update.dtype, weight.dtype))
     return _apply_mask_(update, weight).add_(weight)
+
+
+def _fast_masked_weight(weight, A, B):
+    "`masked_weight`, as fast as the device allows; not differentiable."
+    kind = weight.device.type
+    if kind not in _compiled_devices or torch.compiler.is_compiling():
+        return _masked_weight_in_place(weight, A, B)
+    try:
+        # The compiler takes the shape of a parameter for a constant, makes a kernel
+        # for each, and gives up after eight; of a plain tensor it does not.
+        return _compiled_masked_weight()(weight.detach(), A.detach(), B.detach())
+    except Exception as error:  # a compiler fails in many ways
+        _compiled_devices.discard(kind)
+        warnings.warn(
+            f"SparseLoRA goes on without torch.compile: {error}", stacklevel=2
+        )
+        return _masked_weight_in_place(weight, A, B)
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #f187dd2b
 def _no_autocast(kind):
@@ -289,24 +295,30 @@ def _check_layer(layer):
     raise ValueError(f"SparseLoRA adapts linear layers of floats, not this {kind}")
 
 
-def _choose_by_part(model, config):
-    "Fill in the layers, ranks and alphas of an adapter that is given by part."
+def _require_ranks_by_part(model, config):
+    "Raise `ValueError` for layers to which ranks by part cannot be given."
     if any(isinstance(module, SparseLoraLinear) for module in model.modules()):
         raise ValueError(
             "the model has an adapter already: merge it first, or give the second one "
             "target_modules, and one number each for r and lora_alpha"
         )
+    if config.target_modules in (None, "all-linear"):
+        return  # prunable layers alone
+    left_dense = modality_map(model).left_dense
+    for name in chosen_layers(model, config):
+        if name in left_dense:
+            raise ValueError(
+                f"target_modules: {name} stays dense ({left_dense[name]}), so r "
+                "has no rank for its part: give one number for r"
+            )
+
+
+def _choose_by_part(model, config):
+    "Fill in the layers, ranks and alphas of an adapter that is given by part."
+    _require_ranks_by_part(model, config)
     targets = peft_targets(model, config.r, config.lora_alpha)
     names = chosen_layers(model, config, sorted(targets["target_modules"]))
     require_fitting_patterns(config, names)
-    if config.target_modules not in (None, "all-linear"):
-        left_dense = modality_map(model).left_dense
-        for name in chosen_layers(model, config):
-            if name in left_dense:
-                raise ValueError(
-                    f"target_modules: {name} stays dense ({left_dense[name]}), so r "
-                    "has no rank for its part: give one number for r"
-                )
     config.r = targets["r"]
     config.lora_alpha = targets["lora_alpha"]
     config.target_modules = set(names)

@@ -148,6 +148,24 @@ def _answered_together(examples, processor):
     return list(groups.values())
 
 
+def _require_generating(model):
+    "Raise `ValueError` if a model cannot generate, as it is or where its weights are."
+    if not hasattr(model, "generate"):
+        raise ValueError(
+            f"{type(model).__name__} cannot generate answers: a model with two towers, "
+            "such as CLIP, is measured with ressa.evaluation.retrieval"
+        )
+    for inner in model.modules():
+        # `generate` makes tensors on the device of its model's first weight
+        if hasattr(inner, "generate") and next(inner.parameters()).is_meta:
+            require_in_memory(
+                inner,
+                "answer",
+                "load the model so that the first weights of its language model are "
+                "not offloaded, or without device_map",
+            )
+
+
 def _generate(model, examples, processor, config):
     "The answers of a model to examples, as it writes them."
     causal = is_causal(model)
@@ -164,6 +182,19 @@ def _generate(model, examples, processor, config):
     ids = [_until_end(row, ends, first=0 if causal else 1) for row in ids]
     return tokenizer_of(processor).batch_decode(ids, skip_special_tokens=True)
 
+
+def _answers_of(model, data, indices, processor, config):
+    "Index and answer of each of these examples of a data set; an error has its index."
+    examples = [data[i] for i in indices]
+    for group in _answered_together(examples, processor):
+        try:
+            texts = _generate(model, [examples[i] for i in group], processor, config)
+        except ExampleError as error:
+            index = indices[group[error.index]]
+            raise ExampleError(index, error.reason, error.prompt) from error
+        for i, text in zip(group, texts):
+            yield indices[i], text.strip()
+
 # %% ../../nbs/reference/answers.ipynb #25c1b7e3
 @torch.no_grad()
 def answer(
@@ -174,8 +205,9 @@ def answer(
     batch_size: int = 256,  # examples that are answered at once
     max_new_tokens: int = 16,  # the longest answer, in tokens
     generation_config: GenerationConfig | None = None,  # None: greedily
+    lower_case: bool = True,  # as the metrics compare; False: as the model wrote it
     progress: bool | str = True,  # show a bar over batches; a text: the model's name
-) -> list[str]:  # one answer for each example, lower case, without spaces around it
+) -> list[str]:  # one answer for each example, without spaces around it
     """Let the model answer each example, greedily and in evaluation mode.
 
     What the checkpoint stores about generation is not used, except for the ids of
@@ -187,20 +219,7 @@ def answer(
         raise ValueError("the data set is empty: nothing to answer")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-    for inner in model.modules():
-        # `generate` makes tensors on the device of its model's first weight
-        if hasattr(inner, "generate") and next(inner.parameters()).is_meta:
-            require_in_memory(
-                inner,
-                "answer",
-                "load the model so that the first weights of its language model are "
-                "not offloaded, or without device_map",
-            )
-    if not hasattr(model, "generate"):
-        raise ValueError(
-            f"{type(model).__name__} cannot generate answers: a model with two towers, "
-            "such as CLIP, is measured with ressa.evaluation.retrieval"
-        )
+    _require_generating(model)
     config = _chosen_config(generation_config, model, processor, max_new_tokens)
     prompts = data["prompt"][:]
     # Shorter prompts are padded to the longest of their batch, so that batches of
@@ -210,19 +229,9 @@ def answer(
     starts = range(0, len(data), batch_size)
     with evaluation_mode(model), stored_settings_aside(model):
         for start in progress_bar(starts, show=progress, doing="answer"):
-            batch_indices = by_length[start : start + batch_size]
-            batch_examples = [data[i] for i in batch_indices]
-            for group in _answered_together(batch_examples, processor):
-                indices = [batch_indices[i] for i in group]
-                examples = [batch_examples[i] for i in group]
-                try:
-                    texts = _generate(model, examples, processor, config)
-                except ExampleError as error:  # its number in the data set is wanted
-                    raise ExampleError(
-                        indices[error.index], error.reason, error.prompt
-                    ) from error
-                for i, text in zip(indices, texts):
-                    answers[i] = text.strip().lower()
+            indices = by_length[start : start + batch_size]
+            for i, text in _answers_of(model, data, indices, processor, config):
+                answers[i] = text.lower() if lower_case else text
     return answers
 
 # %% ../../nbs/reference/answers.ipynb #80bf0cd5

@@ -23,7 +23,7 @@ def agreement(
 ) -> float:  # in [0, 1]
     """VQA accuracy from counts: the mean of min(agreeing/3, 1) over leaving one out.
 
-    Source: Antol et al., *VQA* (arXiv 1505.00468), as the official code computes it.
+    Source: Antol et al., VQA (arXiv 1505.00468), as the official code computes it.
     Raises `ValueError` unless 0 ≤ agreeing ≤ people and people ≥ 1.
     """
     if people < 1 or not 0 <= agreeing <= people:
@@ -112,7 +112,7 @@ def cider(
 ) -> np.ndarray:  # (n,) in [0, 10]
     """CIDEr-D of each caption, both sides in lower case and without punctuation.
 
-    Source: Vedantam et al., *CIDEr* (arXiv 1411.5726), computed by pycocoevalcap.
+    Source: Vedantam et al., CIDEr (arXiv 1411.5726), computed by pycocoevalcap.
     Raises `ValueError` if the numbers of answers and references differ.
     """
     from pycocoevalcap.cider.cider import Cider
@@ -122,7 +122,7 @@ def cider(
     right = {i: [_words(text) for text in texts] for i, texts in enumerate(references)}
     given = {i: [_words(text)] for i, text in enumerate(answers)}
     _, scores = Cider().compute_score(right, given)
-    return np.asarray(scores)
+    return np.clip(scores, 0, 10)  # sums can be above 10 by 1e-15
 
 # %% ../../nbs/reference/metrics.ipynb #1103fd79
 def _vqa_accuracies(answers, references):

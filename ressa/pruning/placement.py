@@ -22,7 +22,42 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Packages whose tensors claim to be floats of full shape, and are not.
 _NOT_PLAIN = ("torchao", "bitsandbytes", "torch.distributed")
 
+
+def _is_transposed(layer, key):
+    "Whether a layer stores this parameter as (in, out), like GPT-2 its weights."
+    return isinstance(layer, Conv1D) and key == "weight"
+
+
+def _require_plain(layer, key, name):
+    "Raise `ValueError` unless a layer's weight is a parameter of floats, and whole."
+    kind = type(layer).__name__
+    weight = layer._parameters.get(key)
+    if weight is None:
+        raise ValueError(
+            f"{name} ({kind}) computes its weight from other tensors: remove the "
+            "parametrization before pruning"
+        )
+    shape = linear_shape(layer)
+    if _is_transposed(layer, key):
+        shape = shape[::-1]
+    is_plain = weight.dtype in _FLOATS and weight.shape == shape
+    if not is_plain or type(weight.data).__module__.startswith(_NOT_PLAIN):
+        raise ValueError(
+            f"{name} ({kind}) holds {type(weight.data).__name__} of {weight.dtype} "
+            f"and shape {tuple(weight.shape)}, a quantised or distributed weight: "
+            "load the model in float32, bfloat16 or float16, without quantization"
+        )
+
 # %% ../../nbs/reference/placement.ipynb #9b14ac8b
+def _weights_map(layer):
+    "Accelerate's map from names of parameters to tensors, or None without offloading."
+    hook = getattr(layer, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])  # of a sequence, which the model has
+    maps = [getattr(each, "weights_map", None) for each in hooks]
+    # no map that is empty: a module without weights of its own has such a one
+    return next((each for each in maps if each), None)
+
+
 class StoredWeight:
     """The weight of a layer, in the place where accelerate keeps it between passes.
 
@@ -40,11 +75,7 @@ class StoredWeight:
     ):
         self.layer = layer
         self.key = key
-        hook = getattr(layer, "_hf_hook", None)
-        hooks = getattr(hook, "hooks", [hook])  # of a sequence, which the model has
-        maps = [getattr(each, "weights_map", None) for each in hooks]
-        # no map that is empty: a module without weights of its own has such a one
-        self.weights_map: Any = next((each for each in maps if each), None)
+        self.weights_map: Any = _weights_map(layer)
         # All layers share what the map asks (`dataset`), which knows parameters by full
         # names; the map of one layer puts the layer's name (`prefix`) before "weight".
         self.loader: Any = getattr(self.weights_map, "dataset", None)
@@ -58,7 +89,7 @@ class StoredWeight:
     @property
     def is_transposed(self) -> bool:
         "Whether the layer stores its weight as (in, out), like GPT-2."
-        return isinstance(self.layer, Conv1D) and self.key == "weight"
+        return _is_transposed(self.layer, self.key)
 
     @property
     def place(self) -> str | None:
@@ -80,20 +111,7 @@ class StoredWeight:
 
         The weight must be a parameter of floats, not quantised, not split over cards.
         """
-        kind = type(self.layer).__name__
-        weight = self.layer._parameters.get(self.key)
-        if weight is None:
-            raise ValueError(
-                f"{name} ({kind}) computes its weight from other tensors: remove the "
-                "parametrization before pruning"
-            )
-        is_plain = weight.dtype in _FLOATS and weight.shape == self._stored_shape
-        if not is_plain or type(weight.data).__module__.startswith(_NOT_PLAIN):
-            raise ValueError(
-                f"{name} ({kind}) holds {type(weight.data).__name__} of {weight.dtype} "
-                f"and shape {tuple(weight.shape)}, a quantised or distributed weight: "
-                "load the model in float32, bfloat16 or float16, without quantization"
-            )
+        _require_plain(self.layer, self.key, name)
         place = self.place
         if place is None or (place == "disk" and self.loader.save_folder is None):
             raise ValueError(
@@ -101,26 +119,15 @@ class StoredWeight:
                 "weight: load the model with offload_folder=…"
             )
 
-    @property
-    def _stored_shape(self):
-        "The shape that the layer's own weight has, if it is neither packed nor cut."
-        shape = linear_shape(self.layer)
-        return shape[::-1] if self.is_transposed else shape
-
     def read(self) -> torch.Tensor:  # (out, in)
         "The weight. From disk it is read anew; else it is the stored tensor itself."
-        stored = self._read_as_stored()
-        return stored.t() if self.is_transposed else stored
-
-    def _read_as_stored(self):
-        "The weight as the layer computes with it."
-        if not self.in_layer.is_meta:
-            return self.in_layer
-        if self.place is None:
+        place = self.place
+        if place is None:
             raise ValueError(
                 f"{self.full_name} is a placeholder, and its values cannot be reached"
             )
-        return self.weights_map[self.key]
+        stored = self.in_layer if place == "layer" else self.weights_map[self.key]
+        return stored.t() if self.is_transposed else stored
 
     def replace(
         self,

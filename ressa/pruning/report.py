@@ -59,6 +59,20 @@ class LayerReport:
     tokens: int  # calibration tokens that the layer was measured on
     seconds: float  # spent on its statistics and its pruning
 
+
+def _lines_by_reason(left_dense):
+    "One line for each reason why layers stayed dense: how many, and the first three."
+    names_of = defaultdict(list)
+    for name, reason in left_dense.items():
+        names_of[reason].append(name)
+    lines = []
+    for reason, names in names_of.items():
+        some = ", ".join(names[:NAMED_LAYERS])
+        more = ", …" if len(names) > NAMED_LAYERS else ""
+        layers = "layer" if len(names) == 1 else "layers"
+        lines.append(f"left dense: {len(names)} {layers}, {reason}: {some}{more}")
+    return lines
+
 # %% ../../nbs/reference/prune_report.ipynb #c1f779df
 @dataclass
 class PruneReport:
@@ -91,19 +105,8 @@ class PruneReport:
         return sums
 
     def dense_lines(self) -> list[str]:
-        """One line for each reason why layers stayed dense: how many, and the first
-        three.
-        """
-        names_of = defaultdict(list)
-        for name, reason in self.left_dense.items():
-            names_of[reason].append(name)
-        lines = []
-        for reason, names in names_of.items():
-            some = ", ".join(names[:NAMED_LAYERS])
-            more = ", …" if len(names) > NAMED_LAYERS else ""
-            layers = "layer" if len(names) == 1 else "layers"
-            lines.append(f"left dense: {len(names)} {layers}, {reason}: {some}{more}")
-        return lines
+        "One line for each reason why layers stayed dense: how many, and three names."
+        return _lines_by_reason(self.left_dense)
 
     def to_dict(self) -> dict:
         "Everything as plain values, for JSON."

@@ -41,7 +41,7 @@ def inverse_factor(
     Layers with the same inputs share one factor: hand it to `sparsegpt` as `factor`.
     If H is singular, the damping is raised with a warning until it is not.
 
-    Source: Frantar & Alistarh, *SparseGPT*, arXiv 2301.00774.
+    Source: Frantar & Alistarh, SparseGPT, arXiv 2301.00774.
 
     Raises `ValueError` if damp is negative, or the statistics lack the Gram matrix,
     have seen no token, or hold NaN.

@@ -33,9 +33,8 @@ from ressa.adaptation.teachers import (
     distilled_tokens,
     model_inputs,
 )
-from ..data.collate import collate
 from ..devices import is_placed, require_in_memory
-from ..models.inputs import is_causal, picture_tokens, require_matching_batch
+from ..models.inputs import batch_rules, is_causal, picture_tokens
 
 # %% ../../nbs/reference/trainer.ipynb #2849e786
 class _QuietProgress(ProgressCallback):
@@ -84,7 +83,7 @@ def require_preset(
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {list(PRESETS)}, not {preset!r}")
 
-
+# %% ../../nbs/reference/trainer.ipynb #4a6fe313
 @dataclass
 class RessaArguments(TrainingArguments):
     """`TrainingArguments` and those of the RESSA loss; learning rate as in the paper.
@@ -319,10 +318,11 @@ def _as_teacher(teacher, model, device):
     return teacher
 
 
-def _check_processor(processor, model, examples, causal):
-    "Raises `ValueError` unless a batch of the first example fits the model."
-    if hasattr(examples, "__len__"):  # a stream may be read only once
-        require_matching_batch(model, collate([examples[0]], processor, causal=causal))
+def _collate_checked(examples, processor, causal, rules):
+    "A batch of examples that fits the model. Raises `ValueError`."
+    batch = collate_targets(examples, processor, causal)
+    rules.require(batch)
+    return batch
 
 # %% ../../nbs/reference/trainer.ipynb #7e406de8
 class RessaTrainer(_WithRessaLoss):
@@ -360,10 +360,15 @@ class RessaTrainer(_WithRessaLoss):
         self.pictures = picture_tokens(model)
         self.teacher = _as_teacher(teacher, model, args.device)
         if processor is not None and kwargs.get("data_collator") is None:
-            _check_processor(processor, model, kwargs.get("train_dataset"), self.causal)
             collator = functools.partial(
-                collate_targets, processor=processor, causal=self.causal
+                _collate_checked,
+                processor=processor,
+                causal=self.causal,
+                rules=batch_rules(model),
             )
+            examples = kwargs.get("train_dataset")
+            if hasattr(examples, "__len__"):  # a stream may be read only once
+                collator([examples[0]])  # an error comes before the training starts
             kwargs["data_collator"] = collator
         super().__init__(model, args, processing_class=processor, **kwargs)
         self.remove_callback(PrinterCallback)

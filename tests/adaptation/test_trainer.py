@@ -307,3 +307,32 @@ def test_a_preset_takes_the_place_of_defaults_only(tmp_path):
     assert (args.max_grad_norm, args.weight_decay) == (0.0, 0.0)
     assert args.lr_scheduler_type == "constant"
     assert args.per_device_train_batch_size == 32
+
+
+# Every batch, streams too
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_batch_for_another_model_is_refused_where_rows_become_it(
+    case, trainer_of, streamed
+):
+    "The first example fits, the second has a token that the model does not know."
+    reader = copy.deepcopy(case.processor)
+    reader.tokenizer.add_tokens(["zebra"])
+    answers = [case.train[0]["answer"], "zebra"]
+    rows = case.train.select(range(2)).remove_columns("answer")
+    rows = rows.add_column("answer", answers)
+    made = trainer_of(
+        per_device_train_batch_size=1,
+        max_steps=2,
+        train_sampling_strategy="sequential",
+    )
+    trainer = RessaTrainer(
+        made.model,
+        made.args,
+        teacher=case.dense,
+        processor=reader,
+        train_dataset=rows.to_iterable_dataset() if streamed else rows,
+    )
+    with pytest.raises(ValueError, match="a token with the id 42, but .* 42 tokens"):
+        trainer.train()

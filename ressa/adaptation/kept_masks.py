@@ -55,7 +55,7 @@ def _keep_nonzero_(weight, kept):
         smallest = 2.0**-24  # its normal numbers end at 6e-5; no device flushes these
     return weight.masked_fill_(kept & (weight == 0), smallest)
 
-
+# %% ../../nbs/reference/kept_masks.ipynb #eaf94f06
 class KeepsMask(LoraLinear):
     "A LoRA layer of PEFT that holds its base weight to the recorded mask."
 

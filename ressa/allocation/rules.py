@@ -214,10 +214,15 @@ def calibration_loss(
 ) -> float:
     """The loss of a batch, as the model itself defines it.
 
-    Raises `ValueError` if the batch has no labels.
+    Raises `ValueError` if the batch has no labels, or none that is not ignored.
     """
     if "labels" not in batch:
         raise ValueError("the calibration batch needs labels to have a loss")
+    if (batch["labels"] == IGNORED).all():
+        raise ValueError(
+            f"the labels of the calibration batch are all {IGNORED}, so that it has no "
+            "loss: give rows with answers"
+        )
     return model(**batch).loss.item()
 
 # %% ../../nbs/reference/rules.ipynb #d741b79c
@@ -338,11 +343,6 @@ def loss_pieces(
     """
     whole = calibration_loss(model, batch)
     counts = _answer_tokens(model, batch["labels"]).tolist()
-    if not sum(counts):
-        raise ValueError(
-            f"the labels of the batch are all {IGNORED}, so that it has no loss: give "
-            "rows with answers"
-        )
     if not math.isfinite(whole):
         raise ValueError(f"the loss of the calibration batch is {whole}")
     n = len(counts)
@@ -376,7 +376,10 @@ def _slopes(model, batch, groups, pieces, step, seed, fixed, probe):
     for piece in batches:
         loss = functools.partial(calibration_loss, model, piece)
         for group, names in groups.items():
-            for moved in [names] if probe == "group" else [[name] for name in names]:
+            probes = [names]
+            if probe == "layer":
+                probes = [[name] for name in names]
+            for moved in probes:
                 weights = [parts.layers[name].weight.data for name in moved]
                 slopes[group] += random_slope(loss, weights, generator, step)
     return slopes

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 COMMANDS = {  # name → (module, one line of help)
     "repair": ("ressa.cli.repair", "prune a model, repair it, and measure both"),
     "prune": ("ressa.cli.prune", "prune a model and save it, without a repair"),
+    "data": ("ressa.cli.data", "show examples as the model reads them"),
     "evaluate": ("ressa.cli.evaluate", "measure a model on a data set"),
+    "compare": ("ressa.cli.compare", "show how much two models differ"),
+    "ask": ("ressa.cli.ask", "let a model answer a question about a picture"),
     "pack": ("ressa.cli.pack", "store a pruned model without its zeros"),
     "unpack": ("ressa.cli.unpack", "make an ordinary checkpoint of a packed one"),
     "recipe": ("ressa.cli.recipe", "print a recipe with all its keys and comments"),

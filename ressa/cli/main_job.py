@@ -313,7 +313,8 @@ def _watched(args, examples):
     "The examples to learn from, and those whose loss is watched, of other pictures."
     if args.held_out is None:
         return examples, None
-    held_out = draw_examples(examples, args.held_out, seed=args.seed)
+    shuffled = examples.shuffle(seed=args.seed)
+    held_out = shuffled.select(range(min(args.held_out, len(shuffled))))
     rest = without_pictures_of(examples, held_out)
     if not len(rest):
         raise ValueError(
@@ -321,7 +322,7 @@ def _watched(args, examples):
         )
     return rest, held_out
 
-
+# %% ../../nbs/reference/command_main_job.ipynb #547e329c
 def plan_of(
     args: argparse.Namespace,  # from `read_options`
 ) -> RunPlan:
@@ -474,7 +475,7 @@ def _repair_options(plan, row):
         options["lora_alpha"] = ranks_of(args.alpha, "--alpha")
     return options | RIVALS.get(row, {})
 
-
+# %% ../../nbs/reference/command_main_job.ipynb #a3c2e6ec
 def _train(plan, steps, row, model, teacher):
     "Repair a pruned model; returns the report."
     options = _repair_options(plan, row)

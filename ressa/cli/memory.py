@@ -115,7 +115,7 @@ def _layer_sums(parts, load):
             pruned += n_out * n_in if part != "interface" else 0
     return adapters, activations, largest, pruned
 
-
+# %% ../../nbs/reference/command_memory.ipynb #c72ebb4d
 def memory_needed(
     model: nn.Module,  # with or without weights
     parts: ModalityMap,  # of the model

@@ -73,6 +73,17 @@ class DataOptions:
     columns: str | None = _key(
         None, 'which column is what, as JSON: \'{"question": "Q", "answer": "A"}\''
     )
+    turns: str | None = _key(
+        None,
+        "all answers of a conversation in one example, or each in one of its own "
+        "(default: together)",
+        choices=("together", "apart"),
+    )
+    choices: str | None = _key(
+        None,
+        "what answers a question of multiple choice (default: letters)",
+        choices=("letters", "texts"),
+    )
 
 
 @dataclass
@@ -134,7 +145,7 @@ class PruneOptions:
         "(default: all on the bundled model; other models: 8)",
     )
 
-
+# %% ../../nbs/reference/command_options.ipynb #f2b6a2f6
 @dataclass
 class RepairOptions:
     "How a pruned model is repaired."
@@ -391,7 +402,7 @@ def _validate_model(given):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is for other models than the bundled one")
 
-
+# %% ../../nbs/reference/command_options.ipynb #0d8096a2
 def _validate_repair(given):
     "Raise `ValueError` for options of the repair that do not go together."
     if "patience" in given and "held_out" not in given:
@@ -402,7 +413,7 @@ def _validate_data(given):
     "Raise `ValueError` for options of the data that do not go together."
     if given.get("data") != "easy-vqa":
         return
-    for name in ("config", "columns", "image_folder"):
+    for name in ("config", "columns", "image_folder", "turns", "choices"):
         if name in given:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} is for other data sets than easy-vqa")

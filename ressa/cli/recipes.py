@@ -115,7 +115,7 @@ def _guessed(value):
     except ValueError:
         return value
 
-
+# %% ../../nbs/reference/command_recipes.ipynb #ad0fe515
 class _Loader(yaml.BaseLoader):
     "Reads every value as text, and refuses a key that comes twice."
 
@@ -195,7 +195,7 @@ def _known_keys(classes, training):
     known = [field.name for cls in classes for field in dataclasses.fields(cls)]
     return [*known, *training_keys()] if training else known
 
-
+# %% ../../nbs/reference/command_recipes.ipynb #b5cd0700
 def _checked(recipe, name, known):
     "The keys of a recipe by their full names. Raises `ValueError` for unknown ones."
     found: dict[str, Any] = {}

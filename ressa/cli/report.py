@@ -30,9 +30,12 @@ from ressa.cli.results import (
     METRIC_TEXTS,
     NAMES,
     ROW_COLORS,
+    SPARSITY_HEAD,
     models_of,
     show_interval,
     show_score,
+    sparsity_rows,
+    target_text,
     verdict,
 )
 from ..data.pictures import as_rgb, picture_key
@@ -324,26 +327,6 @@ def _examples(done, data, key, metric, seed):
 _STEPS = {"prune": "pruning", "blind": "counting blind answers"}
 
 
-def _target_texts(results):
-    "What pruning was asked for in each part: 80 %, or a pattern such as 2:4."
-    targets = {}
-    for layer in results["layers"]:
-        target = layer["target"]
-        text = target if isinstance(target, str) else f"{100 * target:g} %"
-        targets.setdefault(layer["part"], Counter())[text] += 1
-    return {
-        part: next(iter(found)) if len(found) == 1 else f"{len(found)} sparsities"
-        for part, found in targets.items()
-    }
-
-
-def _same_or_each(targets):
-    "Targets of the parts in one phrase: 80 % of vision and language."
-    if len(set(targets.values())) == 1:
-        return f"{next(iter(targets.values()))} of {' and '.join(targets)}"
-    return ", ".join(f"{target} of {part}" for part, target in targets.items())
-
-
 def _facts(results):
     "What the heading of the page says of a run: name → text."
     settings = results["settings"]
@@ -351,7 +334,7 @@ def _facts(results):
     tested = f"{dense['n']:,} examples"
     if "captions_n" in dense:
         tested = f"{dense['n']:,} questions and {dense['captions_n']:,} captions"
-    target = _same_or_each(_target_texts(results))
+    target = target_text(results)
     return {
         "Model": settings["model"],
         "Data": settings["data"],
@@ -360,26 +343,6 @@ def _facts(results):
         "Date": results["date"],
         "Device": results["device_name"],
     }
-
-
-def _sparsity_rows(results):
-    "For each part and the whole: name, target, linear sparsity, weights, zeros of all."
-    targets = _target_texts(results)
-    total: Counter = Counter()
-    rows = []
-    for part, count in (*results["weights"].items(), ("all of it", total)):
-        if count is not total:
-            total.update(count)
-        rows.append(
-            [
-                part,
-                targets.get(part, "–"),
-                f"{count['linear_zeros'] / max(1, count['linear_weights']):.2%}",
-                f"{count['weights']:,}",
-                f"{count['zeros'] / max(1, count['weights']):.2%}",
-            ]
-        )
-    return rows
 
 
 def _time_rows(results):
@@ -439,7 +402,7 @@ def _metric_meanings(results):
     texts = [METRIC_TEXTS[metric] for metric in dict.fromkeys(used)]
     return [(text.name, text.meaning) for text in texts]
 
-
+# %% ../../nbs/reference/report.ipynb #0b3cfebb
 def _type_rows(results):
     "For each type of question: its name, n, and a cell for each model."
     metric = results["dense"]["metric"]
@@ -513,7 +476,7 @@ def html_report(
     if len(captions):
         groups["Captions"] = _examples(done, captions, "captions", "exact match", seed)
     rows = models_of(results)
-    target = _same_or_each(_target_texts(results))
+    target = target_text(results)
     return _template().render(
         title=f"{results['settings']['model']}: {target} pruned, then repaired",
         facts=_facts(results),
@@ -524,7 +487,8 @@ def html_report(
         types=_type_rows(results),
         seen=results["tests_seen_in_training"],
         tested=results["dense"]["n"],
-        sparsity=_sparsity_rows(results),
+        sparsity_head=SPARSITY_HEAD,
+        sparsity=sparsity_rows(results),
         times=_time_rows(results),
         memory=results["peak_memory_mb"],
         device_memory=results.get("peak_device_memory_mb"),

@@ -51,6 +51,8 @@ def _read(args, split, limit, processor):
         config=args.config,
         columns=columns_of(args.columns),
         image_folder=args.image_folder,
+        turns=args.turns or "together",
+        choices=args.choices or "letters",
         limit=limit,
         processor=processor,
     )

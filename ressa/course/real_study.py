@@ -79,9 +79,7 @@ def study_windows() -> dict[str, torch.Tensor]:  # name of a text → (windows, 
     unlike = read_docstrings(processor.tokenizer, WINDOW)[::2]
     evenly = torch.linspace(0, len(unlike) - 1, WINDOWS).long()
     return {
-        "like": text_windows(
-            processor.tokenizer, like, length=WINDOW, windows=WINDOWS
-        ),
+        "like": text_windows(processor.tokenizer, like, length=WINDOW, windows=WINDOWS),
         "unlike": unlike[evenly],
     }
 
@@ -153,7 +151,7 @@ def _status(name):
             return int(line.split()[1]) / 1024
     return None
 
-
+# %% ../../nbs/studies/real_model.ipynb #5db93fa9
 class Cost:
     "Processor time and peak memory of a block; the memory on Linux alone."
 

@@ -368,7 +368,7 @@ def _around_question(processor):
 
 
 def _mask_of(question):
-    "What each token sees, for `PackedQuestions.question`: (n, 1, tokens, tokens), to be added."
+    "What each token sees, to be added to attention scores: (n, 1, tokens, tokens)."
     seen = (question[:, None, :] == question[:, :, None]) | (question[:, None, :] == 0)
     seen = (seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril())[:, None]
     hidden = torch.finfo(torch.float32).min

@@ -80,7 +80,7 @@ def _first_misfit(places, rows):
     "The first of some rows in which a reading finds no option."
     return next(row for row in rows if places[row] is None)
 
-
+# %% ../../nbs/reference/choices.ipynb #cf782058
 def chosen(
     answers: Sequence[Any],  # (n,) texts, letters or numbers from 0
     options: Sequence[Sequence[str]],  # (n,) as `options_of` returns them

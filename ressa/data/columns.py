@@ -290,7 +290,7 @@ def _undecoded(images, column):
         raise ValueError(f"column {column!r} holds no images") from error
     return undecoded
 
-
+# %% ../../nbs/reference/columns.ipynb #b1fcdac7
 def _picture(cell):
     "An image as its file holds it; None if the file lies on the hub."
     if cell["bytes"] is not None:

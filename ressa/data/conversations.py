@@ -118,7 +118,7 @@ def _text_parts(text):
             parts.append({"type": "text", "text": piece.strip()})
     return parts
 
-
+# %% ../../nbs/reference/conversations.ipynb #78c19443
 def _named_picture(part):
     "The picture that a part names or holds, or None."
     for key in ("image", "image_url", "path", "url"):
@@ -187,7 +187,7 @@ def _read_turn(number, name, content):
         raise ValueError(f"turn {number} (of the {role}) is empty")
     return {"role": role, "content": parts}, pictures
 
-
+# %% ../../nbs/reference/conversations.ipynb #e438306a
 def _place_pictures(turns, count):
     "Match places and pictures: none is marked, or one for each. Raises `ValueError`."
     marked = 0
@@ -304,7 +304,7 @@ def _text_of(turn):
     "The text of a turn without its pictures."
     return "".join(part["text"] for part in turn["content"] if part["type"] == "text")
 
-
+# %% ../../nbs/reference/conversations.ipynb #98389657
 class ConversationWriter:
     """Writes conversations in the chat template of a processor, or as plain text.
 
@@ -532,7 +532,7 @@ def standard_conversations(
     images = _one_each(_shown_images(images, examples))
     return concatenate_datasets([images, texts], axis=1)
 
-
+# %% ../../nbs/reference/conversations.ipynb #2d5dcfc2
 def _row_names(data):
     "A name for each row: its id, or its number."
     for name in COLUMNS["image_id"]:

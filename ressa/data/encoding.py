@@ -219,7 +219,7 @@ def _check_examples(examples, images, names, processor):
         except ValueError as error:
             raise ExampleError(i, str(error), example["prompt"]) from error
 
-
+# %% ../../nbs/reference/encoding.ipynb #ee8229b2
 def _missing_lengths(processor):
     "What to do about a processor that does not know how long an image is, or nothing."
     missing = [name for name in LENGTHS if getattr(processor, name, 0) is None]

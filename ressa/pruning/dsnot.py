@@ -152,7 +152,7 @@ def dsnot(
     ε = (W − Ŵ)·x̄ is what pruning removes from the mean output of a row. With a pruned
     weight as `start`, sparsity and pattern may be left out.
 
-    Source: Zhang et al., *Dynamic Sparse No Training*, arXiv 2310.08915, algorithm 1;
+    Source: Zhang et al., Dynamic Sparse No Training, arXiv 2310.08915, algorithm 1;
     but a swap that would not reduce |ε| is refused, and its row is done.
 
     Raises `ValueError` if the target is impossible, or the statistics, the start or a

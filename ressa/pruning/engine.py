@@ -35,7 +35,13 @@ from ressa.parts import (
 )
 from ..progress import progress_bar
 from .masks import sparsity_of, validate_target
-from .methods import Method, method_of, prune_weights, takes_group, target_keywords
+from ressa.pruning.methods import (
+    Method,
+    method_of,
+    prune_weights,
+    takes_group,
+    target_keywords,
+)
 from ressa.pruning.passes import (
     Reached,
     before_first_call,
@@ -158,7 +164,7 @@ def _memory_of(tensor):
     address = tensor.untyped_storage().data_ptr()
     return address if address else id(tensor)  # a wrapper has no memory of its own
 
-
+# %% ../../nbs/reference/engine.ipynb #d9058a99
 class _Masks:
     "Which inputs of a layer are padding."
 
@@ -281,9 +287,7 @@ class _Inputs:
         mask = self.masks.mask_of(name, self.part_of(name), x)
         masks = [None] * len(x) if mask is None else mask[examples]
         one_by_one = [real_tokens(row, kept) for row, kept in zip(x, masks)]
-        return self.method.statistics(
-            [tokens.flatten(0, -2) for tokens in one_by_one]
-        )
+        return self.method.statistics([tokens.flatten(0, -2) for tokens in one_by_one])
 
     def statistics(self, name, x) -> Statistics:
         "The statistics of the input `x` of layer `name` for all examples."
@@ -353,6 +357,12 @@ def _evaluation_mode(model):
             config.use_cache = True
 
 # %% ../../nbs/reference/engine.ipynb #a8a5656d
+def _require_examples(batch):
+    "Raise `ValueError` for a batch without examples."
+    if not number_of_examples(batch):
+        raise ValueError("the batch has no examples: give it at least one")
+
+
 @torch.no_grad()
 def input_statistics(
     model: PreTrainedModel,  # any vision-language model
@@ -361,6 +371,7 @@ def input_statistics(
 ) -> dict[str, Statistics]:  # layer name → statistics
     "The input statistics of each layer that one pass reaches, with the model as it is."
     require_bare(model, "measuring inputs")
+    _require_examples(batch)
     parts = modality_map(model)
     batch = to_device(batch, input_device(model))
     inputs = _Inputs(method_of(method), batch, parts.part_of, model)
@@ -606,8 +617,8 @@ def _advice(model):
     if not any(weight.is_meta for weight in model.parameters()):
         return ""
     return (
-        f". {type(model).__name__} may not run with these weights offloaded: keep those "
-        "that it names in memory (device_map=…), or load it without device_map"
+        f". {type(model).__name__} may not run with all of these weights offloaded, as "
+        "some classes do not: offload fewer modules, or load it without device_map"
     )
 
 
@@ -673,6 +684,10 @@ def prune_layers(
     started = time.perf_counter()
     _check_options(micro_batch, recompute, dense_statistics)
     require_bare(model, "pruning")
+    _require_examples(batch)
+    unknown = [name for name in targets if name not in layers]
+    if unknown:
+        raise ValueError(f"targets names {unknown[0]!r}, which is none of the layers")
     layers = {name: layers[name] for name in targets}
     for name, layer in layers.items():
         StoredWeight(layer).require_place(name)
@@ -680,9 +695,7 @@ def prune_layers(
     _check_groups(groups, inputs.method, options)
     bar = progress_bar(total=len(layers), show=progress, doing="prune", unit="layer")
     options["exact"] = exact
-    pruner = _Pruner(
-        model, batch, layers, targets, inputs, options, groups or {}, bar
-    )
+    pruner = _Pruner(model, batch, layers, targets, inputs, options, groups or {}, bar)
     pruner.keeps_dense = _fit_in_memory(layers) if keep_dense is None else keep_dense
     with (
         bar,
@@ -729,6 +742,12 @@ def prune(
     target, method or option, before any weight changes.
     """
     require_bare(model, "pruning")
+    if not hasattr(model, "get_input_embeddings"):
+        raise ValueError(
+            f"prune takes a model of transformers, and {type(model).__name__} is none: "
+            "pass the model inside of it, or name layers with prune_layers"
+        )
+    _require_examples(batch)
     require_matching_batch(model, batch)
     parts = modality_map(model)
     targets = layer_targets(parts, sparsity, pattern)

@@ -27,12 +27,18 @@ from ..parts import output_head
 @contextmanager
 def _before_each_call(
     modules: Mapping[str, nn.Module],  # name → module
-    act: Callable,  # act(name, module, arguments of the call by position)
+    act: Callable,  # act(name, module, arguments of the call, those by name behind)
 ):
     "While the block runs, call `act` just before each call of each module."
+
+    def act_on_all(name, module, args, kwargs):
+        act(name, module, (*args, *kwargs.values()))
+
     with ExitStack() as hooks:  # which removes them, however the block ends
         for name, module in modules.items():
-            hook = module.register_forward_pre_hook(partial(act, name))
+            hook = module.register_forward_pre_hook(
+                partial(act_on_all, name), with_kwargs=True
+            )
             hooks.enter_context(hook)
         yield
 
@@ -237,7 +243,7 @@ def _runs(is_picture):
     begins = is_picture[:, 1:] & ~is_picture[:, :-1]
     return (begins.sum(1) + is_picture[:, 0]).tolist()
 
-
+# %% ../../nbs/reference/passes.ipynb #e8d4adf0
 def examples_between(
     batch: dict,
     start: int,  # the first example that is taken

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.integrations.accelerate import offload_weight
 from transformers.pytorch_utils import Conv1D
 
-from ..parts import linear_shape
+from ..parts import LINEAR, linear_shape
 
 # %% ../../nbs/reference/placement.ipynb #3b6f877e
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,11 +31,19 @@ def _is_transposed(layer, key):
 def _require_plain(layer, key, name):
     "Raise `ValueError` unless a layer's weight is a parameter of floats, and whole."
     kind = type(layer).__name__
+    if not isinstance(layer, LINEAR):
+        raise ValueError(f"{name} ({kind}) is no linear layer: leave it out")
     weight = layer._parameters.get(key)
     if weight is None:
         raise ValueError(
             f"{name} ({kind}) computes its weight from other tensors: remove the "
             "parametrization before pruning"
+        )
+    sizes_and_steps = zip(weight.shape, weight.stride())
+    if any(size > 1 and step == 0 for size, step in sizes_and_steps):
+        raise ValueError(
+            f"{name} ({kind}) holds one number in the place of several (an expanded "
+            "tensor): give it a weight of its own, layer.weight.data.clone()"
         )
     shape = linear_shape(layer)
     if _is_transposed(layer, key):
@@ -57,7 +65,7 @@ def _weights_map(layer):
     # no map that is empty: a module without weights of its own has such a one
     return next((each for each in maps if each), None)
 
-
+# %% ../../nbs/reference/placement.ipynb #a4c8d091
 class StoredWeight:
     """The weight of a layer, in the place where accelerate keeps it between passes.
 

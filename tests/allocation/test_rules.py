@@ -18,7 +18,13 @@ from ressa import (
     prune,
     uniform,
 )
-from ressa.allocation.budgets import achieved_sparsity, shapes_of, zeros_by_part
+from ressa.allocation.budgets import (
+    achieved_sparsity,
+    allocate,
+    layer_groups,
+    shapes_of,
+    zeros_by_part,
+)
 from ressa.allocation.rules import (
     calibration_loss,
     outlier_share,
@@ -162,3 +168,33 @@ def test_ecoflap_refuses_what_it_cannot_use(ready):
         with pytest.raises(ValueError, match=next(iter(option))):
             ecoflap(model, batch, 0.5, **option)
     assert calibration_loss(model, batch) > 0
+
+
+def test_probing_each_layer_adds_up_the_slopes_of_a_block(ready):
+    "A plain loop: the direction of each layer alone, both ways, and the sum by block."
+    model, batch = ready
+    shapes = shapes_of(model)
+    generator = torch.Generator().manual_seed(5)
+    worth, sizes, names_of = {}, {}, layer_groups(model, shapes, "block")
+    for block, names in names_of.items():
+        worth[block] = 0.0
+        for name in names:
+            weight = model.get_submodule(name).weight
+            dense = weight.detach().clone()
+            z = torch.randn(weight.shape, generator=generator)
+            losses = []
+            for shift in (1e-3, -1e-3):
+                with torch.no_grad():
+                    weight.copy_(dense + shift * z)
+                    losses.append(model(**batch).loss.item())
+                    weight.copy_(dense)
+            worth[block] += abs(losses[0] - losses[1]) / 2e-3
+        sizes[block] = sum(math.prod(shapes[name]) for name in names)
+    share = proportional_sparsity(worth, sizes, 0.6, 0.7)
+    preferred = {
+        name: share[block] for block, names in names_of.items() for name in names
+    }
+    wanted = allocate(model, preferred, 0.6, max_sparsity=0.7)
+    found = ecoflap(model, batch, 0.6, pieces=1, seed=5, probe="layer")
+    assert found == pytest.approx(wanted)
+    assert found != ecoflap(model, batch, 0.6, pieces=1, seed=5)

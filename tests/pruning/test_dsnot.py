@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrices import TARGETS, example, few, group_of, seeds, shapes, targets
 
-from ressa.pruning.dsnot import dsnot
+from ressa.pruning.dsnot import dsnot, dsnot_as_published
 from ressa.pruning.scores import magnitude, ria, wanda
 from ressa.pruning.sparsegpt import sparsegpt
 from ressa.pruning.statistics import Statistics
@@ -188,3 +188,61 @@ def test_options_that_do_not_fit_are_refused(options, message):
     weight, x = example((40, 80))
     with pytest.raises(ValueError, match=message):
         dsnot(weight, Statistics.of(x), **options)
+
+
+# The rules of the authors' program
+
+
+def published_by_hand(weight, x, sparsity, cycles=50, threshold=0.1):
+    """One row after the other, as the authors' program is described.
+
+    ε is summed over the tokens of an example (a mean over examples); both lists of
+    candidates are sorted once, and a weight is taken from a list at most once.
+    """
+    x = x.double()
+    weight = weight.double()
+    mean_of_sums = x.sum(1).mean(0)
+    variance = x.var(1, correction=0).mean(0)  # examples of equal length
+    norm = x.flatten(0, 1).norm(dim=0)
+    n_pruned = int(sparsity * weight.shape[1])
+    kept = torch.ones_like(weight, dtype=torch.bool)
+    for row, w in enumerate(weight):
+        order = (w.abs() * norm).argsort()
+        kept[row, order[:n_pruned]] = False
+        product = w * mean_of_sums
+        grow = sorted(
+            (i for i in range(len(w)) if not kept[row, i]),
+            key=lambda i: (product[i] / variance[i]).item(),
+        )
+        cheapest_first = [i for i in order.tolist() if kept[row, i]]
+        error = product[~kept[row]].sum()
+        for _ in range(cycles):
+            if error.abs() <= threshold:
+                break
+            grown = grow.pop() if error > 0 else grow.pop(0)
+            taken = next(i for i in cheapest_first if product[i] * error < 0)
+            cheapest_first.remove(taken)
+            kept[row, grown] = True
+            kept[row, taken] = False
+            error = error - product[grown] + product[taken]
+    return kept
+
+
+def test_published_rules_equal_a_plain_loop():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(12, 80, generator=generator)
+    x = torch.randn(4, 20, 80, generator=generator)
+    x = x + torch.randn(80, generator=generator)
+    x = x + 2 * torch.randn(4, 1, 80, generator=generator)  # examples differ
+    stats = Statistics.of_examples(list(x))
+    cycles = 12  # so few that no list of candidates ends
+    found = dsnot_as_published(weight, stats, sparsity=0.5, max_cycles=cycles)
+    wanted = published_by_hand(weight, x, 0.5, cycles)
+    assert torch.equal(found != 0, wanted)
+    assert not torch.equal(dsnot(weight, stats, sparsity=0.5) != 0, wanted)
+
+
+def test_published_rules_need_examples_told_apart():
+    weight, x = example((4, 8))
+    with pytest.raises(ValueError, match="of_examples"):
+        dsnot_as_published(weight, Statistics.of(x), sparsity=0.5)

@@ -372,3 +372,81 @@ def test_a_tower_without_examples_is_given_everything_at_once():
         assert len(report.layers) == 4
     for a, b in zip(whole.parameters(), cut.parameters()):
         assert torch.equal(a, b)
+
+
+# Compared within rows, or over the layer
+
+
+def lowest_are_zero(score, share):
+    "What of a score (out, in) is pruned, one row of it after the other, by sorting."
+    pruned = torch.zeros_like(score, dtype=torch.bool)
+    for row, scores in enumerate(score):
+        lowest = scores.sort().indices[: int(share * len(scores) + 1e-9)]
+        pruned[row, lowest] = True
+    return pruned
+
+
+def test_vision_by_layer_and_language_by_row(bundled, data):
+    model, processor = bundled
+    model = copy.deepcopy(model)
+    batch = calibration_batch(data[0], processor, n=8)
+    stats = input_statistics(model, batch)
+    linears = modality_map(model).linears
+    wanted = {}
+    for name, layer in linears["vision"].items():
+        score = layer.weight.detach().abs() * stats[name].norm
+        flat = lowest_are_zero(score.reshape(1, -1), 0.6)
+        wanted[name] = flat.reshape(score.shape)
+    for name, layer in linears["language"].items():
+        score = layer.weight.detach().abs() * stats[name].norm
+        wanted[name] = lowest_are_zero(score, 0.6)
+    prune(
+        model,
+        batch,
+        sparsity=0.6,
+        group={"vision": "layer", "language": "row"},
+        dense_statistics=True,
+        progress=False,
+    )
+    for name, pruned in wanted.items():
+        assert torch.equal(model.get_submodule(name).weight == 0, pruned), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group": "column"}, "group must be 'row' or 'layer'"),
+        ({"group": {"hearing": "row"}}, "hearing"),
+        ({"group": "row", "method": "sparsegpt"}, "leave group out"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused_before(bundled, data, options, message):
+    model, processor = bundled
+    batch = calibration_batch(data[0], processor, n=2)
+    before = masks_of(model)
+    with pytest.raises(ValueError, match=message):
+        prune(model, batch, sparsity=0.5, progress=False, **options)
+    assert torch.equal(masks_of(model), before)
+
+
+def test_published_dsnot_sees_examples_without_their_padding(bundled, data):
+    model, processor = bundled
+    batch = calibration_batch(data[0], processor, n=6)
+    stats = input_statistics(model, batch, "dsnot-published")
+    name, layer = next(iter(modality_map(model).linears["language"].items()))
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    kept = batch["attention_mask"].bool()
+    examples = [row[mask] for row, mask in zip(seen[0], kept)]
+    variances = [len(x) * x.var(0, correction=0) for x in examples]
+    wanted = sum(variances) / sum(map(len, examples))
+    assert stats[name].examples == 6
+    assert torch.allclose(stats[name].var_within, wanted, rtol=1e-4, atol=1e-6)
+    micro = copy.deepcopy(model), copy.deepcopy(model)
+    for copied, options in zip(micro, ({"micro_batch": 2}, {"micro_batch": 6})):
+        prune(copied, batch, "dsnot-published", sparsity=0.5, progress=False, **options)
+    equal = masks_of(micro[0]) == masks_of(micro[1])
+    assert equal.float().mean() > 0.999  # sums in another order

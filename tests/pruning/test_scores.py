@@ -87,3 +87,15 @@ def test_reconstruction_error_is_relative():
     assert reconstruction_error(x, weight, torch.zeros(4, 6)) == pytest.approx(1)
     assert reconstruction_error(x, weight, weight) == 0
     assert reconstruction_error(x, 3 * weight, 1.5 * weight) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("method", [magnitude, wanda, ria])
+def test_over_the_layer_the_lowest_scores_of_all_rows_go(method):
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
+    size, norm = weight.abs(), x.norm(dim=0)
+    relative = size / size.sum(0) + size / size.sum(1, keepdim=True)
+    score = {magnitude: size, wanda: size * norm, ria: relative * norm.sqrt()}[method]
+    threshold = score.flatten().sort().values[int(0.55 * score.numel()) - 1]
+    pruned = method(weight, Statistics.of(x), sparsity=0.55, group="layer")
+    assert torch.equal(pruned == 0, score <= threshold)

@@ -25,7 +25,7 @@ def check_largest_rank(
             {"rows": rows, "columns": columns, "sparsity": sparsity},
             wanted=kept // (rows + columns),
             mistakes={
-                "count the kept weights only, not all weights of the layer": rows
+                "count the kept weights only, not all weights": rows
                 * columns
                 // (rows + columns),
                 "count the kept weights, not the pruned weights": pruned
@@ -43,7 +43,7 @@ def _average_kl(first, second, chosen):
     divergence = (first.exp() * (first - second)).sum(-1)
     return divergence[chosen].mean()
 
-
+# %% ../../../nbs/reference/checks/00_story.ipynb #d3e6d920
 def check_answer_kl(
     answer_kl,  # your function of (student_logits, teacher_logits, labels)
 ) -> None:

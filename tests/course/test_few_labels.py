@@ -7,15 +7,23 @@ import torch
 from ressa.course import few_labels
 from ressa.course.few_labels import (
     HELD_OUT_PICTURES,
+    LABELS,
+    MEASURES,
+    TEXT,
+    Runs,
     encode_examples,
     fresh_pictures,
     labelled_pairs,
     pixel_hash,
+    planned_runs,
+    setting_of,
     stored_logits,
     unlabelled_examples,
 )
+from ressa.course.studies import pack_right
 from ressa.data.collate import collate
 from ressa.data.easy_vqa import load_easy_vqa, training_examples
+from ressa.files import write_json
 from ressa.models.bundled import load_bundled
 
 
@@ -92,3 +100,38 @@ def test_a_run_in_small(encoded, monkeypatch):
     assert found["zeros_filled"] == 0
     assert 0 <= found["accuracy"] <= 1
     assert {"captions", "accuracy_right", "captions_right", "seconds"} < found.keys()
+
+
+# What is stored
+
+
+def stored_row(loss, seed, share):
+    "A run that answers this share of the questions and captions right."
+    found = {"setting": setting_of(loss, pairs=64, seed=seed)}
+    for measure, n in MEASURES.items():
+        found[f"{measure}_right"] = pack_right(np.arange(n) < share * n)
+    return found
+
+
+def test_stored_runs_are_found_and_compared(tmp_path):
+    rows = [stored_row(TEXT, seed, 0.9) for seed in (2, 0)]
+    rows += [stored_row(LABELS, seed, 0.5) for seed in (0, 1)]
+    write_json(tmp_path / "runs.json", {"device": "cpu", "rows": rows})
+    runs = Runs(tmp_path / "runs.json")
+    assert runs.about == {"device": "cpu"}
+    text, labels = setting_of(TEXT, pairs=64), setting_of(LABELS, pairs=64)
+    assert list(runs.find(text)) == [0, 2]
+    assert runs.find(setting_of(TEXT, pairs=65)) == {}
+    level = runs.level(text)
+    assert level.mean == pytest.approx(0.9)
+    assert 0.87 < level.low < 0.9 < level.high < 0.93
+    gap = runs.gap(text, labels, "captions")  # of the one seed that both have
+    assert gap.mean == pytest.approx(0.4)
+    assert 0.35 < gap.low < gap.high < 0.45
+    with pytest.raises(ValueError, match="no run is stored with"):
+        runs.right(setting_of(TEXT, pairs=65))
+
+
+def test_no_run_is_planned_twice():
+    planned = [str(sorted(setting.items(), key=str)) for setting in planned_runs()]
+    assert len(set(planned)) == len(planned)

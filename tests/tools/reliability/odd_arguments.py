@@ -69,6 +69,7 @@ MEANT = {  # number or text → why a function takes it
 LEFT_OUT_MODULES = {  # name → why
     "ressa.models.real": "reads a large language model, see models/test_real",
     "ressa.course.real_training": "trains for hours, see course/test_real_training",
+    "ressa.course.few_labels": "trains for hours, see course/test_few_labels",
     "ressa.adaptation.adapter_checks": "see adaptation/test_adapter_checks",
     "ressa.adaptation.kept_masks": "see adaptation/test_kept_masks",
     "ressa.course.checks": "see nbs/test_exercises",
@@ -341,6 +342,12 @@ def right_calls(folder):
         kl_sum=dict(student_logits=logits[0], targets=Targets(logits[1])),
         answer_places=dict(labels=labels),
         require_positions=dict(positions="all"),
+        require_preset=dict(preset="paper"),
+        picture_tokens=dict(model=model),
+        is_text=dict(batch=batch, pictures=[4]),
+        distilled_tokens=dict(
+            batch=batch, labels=batch["labels"], positions="text", pictures=[4]
+        ),
         require_temperature=dict(temperature=1.0),
         flat_logits=dict(logits=logits, labels=labels),
         ressa_loss=dict(task=weight.sum(), divergence=weight.sum(), weight=0.5),

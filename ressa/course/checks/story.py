@@ -47,7 +47,7 @@ def _average_kl(first, second, chosen):
 def check_answer_kl(
     answer_kl,  # your function of (student_logits, teacher_logits, labels)
 ) -> None:
-    "Check the exercise *Is it the teacher, or is it the positions?* on two short pairs."
+    "Check the exercise *Is it the teacher, or is it the positions?* on two pairs."
     student, teacher = torch.randn(2, 2, 6, 3)
     labels = torch.full((2, 6), -100)
     labels[0, 3:5] = torch.randint(3, (2,))

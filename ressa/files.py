@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JSON_LIMIT', 'flush_to_disk', 'SystemRefused', 'whole_folder', 'save_model', 'write_text', 'write_json', 'read_json',
-           'Steps', 'last_whole_checkpoint']
+           'require_files', 'Steps', 'last_whole_checkpoint']
 
 # %% ../nbs/reference/files.ipynb #d1931157
 import contextlib
@@ -175,6 +175,42 @@ def read_json(
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     return found
+
+# %% ../nbs/reference/files.ipynb #8d5f1e8d
+def _leads_elsewhere(path, folder):
+    "Whether a link leads out of a folder, and not to the blobs of a hub's cache."
+    target = path.resolve()
+    if target.is_relative_to(folder.resolve()):
+        return False
+    snapshots = folder.resolve().parent  # models--…/snapshots/<commit>
+    blobs = snapshots.parent / "blobs"
+    return not (snapshots.name == "snapshots" and target.is_relative_to(blobs))
+
+
+def require_files(
+    folder: str | Path,  # that somebody else may have made
+    *,
+    links_out: bool = True,  # links that lead out of the folder are allowed
+) -> None:
+    """Raise `ValueError` unless a folder holds regular files and folders alone.
+
+    JSON files must not be larger than `JSON_LIMIT`. Links count as what they lead to.
+    With `links_out=False` they must stay in the folder or in the hub's cache.
+    """
+    folder = Path(folder)
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(place, name)
+            if path.is_symlink() and not links_out and _leads_elsewhere(path, folder):
+                raise ValueError(
+                    f"{path}: is a link out of the folder: put the file itself there"
+                )
+            if path.is_dir():
+                continue
+            if not path.is_file():
+                raise ValueError(f"{path}: is not a regular file: remove it")
+            if path.suffix == ".json" and path.stat().st_size > JSON_LIMIT:
+                raise ValueError(f"{path}: is larger than {JSON_LIMIT:,.0f} bytes")
 
 # %% ../nbs/reference/files.ipynb #e0bf1608
 class Steps:

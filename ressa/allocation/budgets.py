@@ -15,8 +15,9 @@ from typing import NamedTuple
 from torch import nn
 
 from ..parts import linear_shape, modality_map, per_layer
-from ..pruning.masks import parse_pattern, pruned_count, validate_target
+from ..pruning.masks import pruned_count
 from ..pruning.passes import blocks_of
+from ..pruning.targets import parse_pattern, validate_target
 
 # %% ../../nbs/reference/budgets.ipynb #5da5e980
 def zeros_of(

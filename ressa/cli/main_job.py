@@ -37,6 +37,7 @@ from ressa.cli.memory import (
     require_memory,
     short_size,
 )
+from .model_card import HUB_KEYS, push_to_hub, write_products
 from .options import RIVALS, pruning_target, ranks_of, rivals_of
 from .report import html_report
 from ressa.cli.results import (
@@ -62,7 +63,14 @@ from ..data.easy_vqa import load_easy_vqa
 from ..data.held_out import without_pictures_of
 from ..devices import pick_device
 from ..evaluation.answers import blind
-from ..files import Steps, SystemRefused, read_json, save_model, write_json
+from ressa.files import (
+    Steps,
+    SystemRefused,
+    read_json,
+    save_model,
+    write_json,
+    write_text,
+)
 from ..models.inputs import has_towers
 from ..models.load_model import load_empty, load_model
 from ..parts import ModalityMap, modality_map
@@ -70,7 +78,7 @@ from ..pruning.engine import layer_targets, prune
 from ..pruning.methods import method_of
 
 # %% ../../nbs/reference/command_main_job.ipynb #70375e64
-# They do not change the results. Batches of tests and the place of weights do not.
+# They do not change the results, and a token of the hub must not be stored.
 _NO_SETTINGS = (
     "out",
     "run",
@@ -91,7 +99,7 @@ def settings_of(
     everything = vars(args) | vars(args).get("training", {})
     settings = {}
     for name, value in sorted(everything.items()):
-        if name not in _NO_SETTINGS:
+        if name not in (*_NO_SETTINGS, *HUB_KEYS):
             settings[name] = getattr(value, "value", value)  # of an enumeration
     return settings | {"version": __version__}
 
@@ -303,10 +311,15 @@ def _check_together(args, targets):
         )
 
 
+def _training_of(args):
+    "The keys of the training, without those of the upload, which comes at the end."
+    return {key: v for key, v in args.training.items() if key not in HUB_KEYS}
+
+
 def _arguments_of(args, folder):
     "The arguments of the trainer. Raises `ValueError` for what it does not obey."
     on_cpu = pick_device(args.device).type == "cpu"
-    return RessaArguments(str(folder), **{"use_cpu": on_cpu} | args.training)
+    return RessaArguments(str(folder), **{"use_cpu": on_cpu} | _training_of(args))
 
 
 def _watched(args, examples):
@@ -456,7 +469,7 @@ def _steps_of(args, n_examples):
 def _repair_options(plan, row):
     "The keyword arguments of `repair` for a row of the results."
     args = plan.args
-    options: dict[str, Any] = dict(args.training)
+    options: dict[str, Any] = _training_of(args)
     options.setdefault("disable_tqdm", bool(os.environ.get("TQDM_DISABLE")))
     if "preset" not in options:
         options.setdefault("learning_rate", 1e-4)
@@ -576,9 +589,17 @@ def main_job(
     options that cannot be met, before anything is written.
     """
     out = Path(args.out)
-    stored = stored_results(out, settings_of(args))
-    if stored is not None:
-        return stored
+    results = stored_results(out, settings_of(args))
+    if results is None:
+        results = _new_results(args, out)
+    if args.training.get("push_to_hub"):
+        page = push_to_hub(out, args.training)
+        print(f"· uploaded: {page}", file=sys.stderr)
+    return results
+
+
+def _new_results(args, out):
+    "Make or resume a run."
     plan = plan_of(args)
     _show_plan(plan)
     open_out(out, settings_of(args))
@@ -656,7 +677,8 @@ def _finish(plan, done):
     questions = plan.tests[0]
     captions = plan.tests[1] if len(plan.tests) == 2 else []
     page = html_report(results, done, questions, captions)
-    (plan.out / "report.html").write_text(page, encoding="utf-8")
+    write_text(plan.out / "report.html", page)
+    write_products(plan.out, results, plan.processor)
     write_json(plan.out / "results.json", results, indent=1)
     shutil.rmtree(plan.out / "checkpoints", ignore_errors=True)
     for leftover in ("steps.json", "examples.arrow", "held_out.arrow"):

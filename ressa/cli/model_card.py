@@ -297,7 +297,13 @@ def write_products(
     write_text(out / "recipe.yaml", recipe_text(results))
 
 # %% ../../nbs/reference/model_card.ipynb #595d8a17
-HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
+HUB_KEYS = (
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_token",
+)
 _BESIDE_THE_MODEL = ("report.html", "results.json", "recipe.yaml")
 
 
@@ -322,7 +328,10 @@ def push_to_hub(
             name, private=keys.get("hub_private_repo"), exist_ok=True
         )
         api.create_commit(
-            repository.repo_id, operations, commit_message="Model, card and report"
+            repository.repo_id,
+            operations,
+            commit_message="Model, card and report",
+            revision=keys.get("hub_revision"),
         )
     except (OSError, ValueError) as error:  # the hub's errors are among them
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -20,7 +20,7 @@ from typing import Any
 
 # %% ../../nbs/reference/command_options.ipynb #77f0da6b
 # Repeated here, because the modules that define them import torch.
-METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "dsnot")
+METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "dsnot", "dsnot-published")
 PARTS = ("vision", "interface", "language")
 DTYPES = ("float32", "bfloat16", "float16")
 ADAPTERS = ("sparselora", "lora", "hira", "full", "bias")

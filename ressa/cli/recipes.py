@@ -51,6 +51,8 @@ REFUSED = {  # key of the training → what to do instead
     "use_cpu": "use device: cpu",
     "local_rank": "start the processes with torchrun or accelerate launch",
     "save_only_model": "a stopped run could not be resumed; leave it out",
+    "hub_strategy": "the model is uploaded once, at the end; leave it out",
+    "hub_always_push": "the model is uploaded once, at the end; leave it out",
     "deepspeed": "the RESSA loss does not support it; use fsdp",
 }
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'PADDING', 'FRESH_PICTURES', 'FRESH_SEED', 'HELD_OUT_PICTURES', 'JUDGED', 'LABELS', 'ANSWERS', 'TEXT',
-           'EVERYWHERE', 'LOSSES', 'PAIRS', 'SEEDS', 'RATE', 'MEASURES', 'Encoded', 'stored_logits', 'encode_examples',
-           'fresh_pictures', 'pixel_hash', 'known_hashes', 'unlabelled_examples', 'training_pairs', 'pairs_and_fresh',
-           'labelled_pairs', 'judged_batches', 'judged', 'pruned_for', 'few_labels_run', 'Loss', 'setting_of',
-           'tuning_runs', 'planned_runs', 'Estimate', 'Runs']
+           'EVERYWHERE', 'LOSSES', 'PAIRS', 'SEEDS', 'RATES', 'TRIED_RATES', 'RIVAL_RATES', 'HELD_OUT', 'SPARSITIES',
+           'PRUNERS', 'MEASURES', 'Encoded', 'stored_logits', 'encode_examples', 'fresh_pictures', 'pixel_hash',
+           'known_hashes', 'unlabelled_examples', 'training_pairs', 'pairs_and_fresh', 'labelled_pairs',
+           'judged_batches', 'judged', 'pruned_for', 'few_labels_run', 'Loss', 'setting_of', 'tuning_runs',
+           'few_pairs_runs', 'best_setting', 'planned_runs', 'Estimate', 'Runs']
 
 # %% ../../nbs/studies/few_labels.ipynb #d8923962
 import functools
@@ -375,49 +376,96 @@ LOSSES = {
     "all positions": EVERYWHERE,
 }
 PAIRS = (64, 256, 1024)
-SEEDS = range(3)
-RATE = 8e-3  # of SparseLoRA, the best of those tried on held-out questions
+SEEDS = (0, 1, 2)
+# The best learning rates of SparseLoRA on held-out questions. Answers take the rate of
+# labels alone, and all positions that of the text.
+RATES = {"answer": 4e-3, "text": 8e-3, "all": 8e-3}
+TRIED_RATES = {  # adapter → learning rates tried with the teacher on the text
+    "sparselora": (4e-3, 8e-3, 1.6e-2),
+    "lora": (2e-3, 8e-3),
+    "hira": (3e-2,),
+}
+RIVAL_RATES = {"lora": 2e-3, "hira": 3e-2}  # the best of these
+HELD_OUT = dict(pairs=256, seed=100, held_out=True)  # where weights and rates are tried
 
 
 def setting_of(
     loss: Loss,
-    learning_rate: float = RATE,
+    learning_rate: float | None = None,  # None: as in `RATES`
     *,
     adapter: str = "sparselora",  # a key of `ADAPTERS`
     **more,  # of `few_labels_run`
 ) -> dict:  # what `few_labels_run` takes
     "One run of the study, 80 % pruned by Wanda unless it says otherwise."
     usual = dict(target="0.8", method="wanda", steps=100)
-    return (
-        usual
-        | dict(adapter=adapter, learning_rate=learning_rate)
-        | loss._asdict()
-        | more
-    )
+    rate = RATES[loss.positions] if learning_rate is None else learning_rate
+    return usual | dict(adapter=adapter, learning_rate=rate) | loss._asdict() | more
 
 
 def tuning_runs() -> list[dict]:
-    "Weights and learning rates, tried from 256 pairs on held-out questions."
-    held_out = dict(pairs=256, seed=100, held_out=True)
-    runs = [setting_of(LABELS, **held_out)]
+    "Weights, positions and learning rates, tried on held-out questions."
+    runs = [setting_of(LABELS, rate, **HELD_OUT) for rate in TRIED_RATES["sparselora"]]
     for weight in (0.1, 0.5, 0.9):
         for positions in ("text", "answer", "all"):
-            runs.append(setting_of(Loss(positions, weight), **held_out))
-    for loss in (LABELS, TEXT):
-        runs += [setting_of(loss, rate, **held_out) for rate in (4e-3, 1.6e-2)]
-    for adapter, rate in (("lora", 2e-3), ("lora", 8e-3), ("hira", 3e-2)):
-        runs.append(setting_of(TEXT, rate, adapter=adapter, **held_out))
+            runs.append(setting_of(Loss(positions, weight), 8e-3, **HELD_OUT))
+    for adapter, rates in TRIED_RATES.items():
+        for rate in rates:
+            setting = setting_of(TEXT, rate, adapter=adapter, **HELD_OUT)
+            if setting not in runs:
+                runs.append(setting)
     return runs
+
+
+def few_pairs_runs() -> list[dict]:
+    "Four losses from few pairs; drawn pictures; the rivals."
+    runs = []
+    for seed in SEEDS:
+        for pairs in PAIRS:
+            for loss in LOSSES.values():
+                runs.append(setting_of(loss, pairs=pairs, seed=seed))
+        for pairs in PAIRS:
+            unlabelled = dict(unlabelled=FRESH_PICTURES)
+            runs.append(setting_of(TEXT, pairs=pairs, seed=seed, **unlabelled))
+        for adapter, rate in RIVAL_RATES.items():
+            for pairs in PAIRS:
+                rival = dict(adapter=adapter, pairs=pairs, seed=seed)
+                runs.append(setting_of(TEXT, rate, **rival))
+    return runs
+
+# %% ../../nbs/studies/few_labels.ipynb #750decf4
+SPARSITIES = ("0.8", "0.85", "0.9")
+PRUNERS = {  # name → allocation before the sparsity, and method
+    "magnitude": ("", "magnitude"),
+    "Wanda": ("", "wanda"),
+    "SparseGPT": ("", "sparsegpt"),
+    "search + SparseGPT": ("search ", "sparsegpt"),
+}
+
+
+def best_setting(
+    pruner: str,  # a key of `PRUNERS`
+    sparsity: str,  # one of `SPARSITIES`
+    *,
+    repaired: bool,  # with the teacher on the text, from all labelled pairs
+    seed: int = 0,
+) -> dict:  # what `few_labels_run` takes
+    "One run of the comparison of sparse models."
+    allocation, method = PRUNERS[pruner]
+    pruned = dict(target=f"{allocation}{sparsity}", method=method, pairs=None)
+    if repaired:
+        return setting_of(TEXT, seed=seed, **pruned)
+    return pruned | dict(steps=0, seed=seed)
 
 
 def planned_runs() -> list[dict]:
     "All runs of the study, in the order of what they decide."
-    runs = tuning_runs()
-    for seed in SEEDS:
-        for pairs in PAIRS:
-            for loss in (TEXT, LABELS, ANSWERS, EVERYWHERE):
-                runs.append(setting_of(loss, pairs=pairs, seed=seed))
-    return runs
+    best = [
+        best_setting(pruner, sparsity, repaired=repaired)
+        for repaired in (False, True)
+        for sparsity in SPARSITIES
+        for pruner in PRUNERS
+    ]
+    return tuning_runs() + few_pairs_runs() + best
 
 # %% ../../nbs/studies/few_labels.ipynb #de5b3a71
 MEASURES = {"accuracy": JUDGED["test"], "captions": JUDGED["captions"]}  # examples

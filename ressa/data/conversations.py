@@ -232,10 +232,7 @@ def read_conversation(
 
 # %% ../../nbs/reference/conversations.ipynb #8298018a
 _CONTENT = List({"type": Value("string"), "text": Value("string")})
-_FORM = {
-    "messages": List({"role": Value("string"), "content": _CONTENT}),
-    "images": List(Value("string")),
-}
+_TURNS = List({"role": Value("string"), "content": _CONTENT})
 
 
 def _files_of(row):
@@ -251,13 +248,15 @@ def _files_of(row):
 
 def conversation_table(
     rows: Sequence[Mapping[str, Any]],  # of a JSON file, with a column of conversations
-) -> Dataset:  # columns messages, images (files) and id, if the rows have it
+) -> Dataset:  # the columns of turns and of image files, and id, if the rows have it
     """Make a data set of conversations.
 
     Raises `ValueError`, with the number of the row, for one that cannot be read.
     """
-    column = conversation_column(rows)
-    table: dict[str, list] = {"messages": [], "images": []}
+    column = conversation_column(rows) or TURN_COLUMNS[0]
+    names = {name for row in rows for name in row}
+    beside = next((name for name in PICTURE_COLUMNS if name in names), "images")
+    table: dict[str, list] = {column: [], beside: []}
     for number, row in enumerate(rows):
         files = _files_of(row)
         try:
@@ -272,9 +271,9 @@ def conversation_table(
                     raise ValueError(f"its picture {str(file)[:40]!r} is no file name")
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
-        table["messages"].append(_with_both_keys(found.turns))
-        table["images"].append(files)
-    features: dict[str, Any] = dict(_FORM)
+        table[column].append(_with_both_keys(found.turns))
+        table[beside].append(files)
+    features: dict[str, Any] = {column: _TURNS, beside: List(Value("string"))}
     if "id" in rows[0]:
         table["id"] = [str(row.get("id", number)) for number, row in enumerate(rows)]
         features["id"] = Value("string")

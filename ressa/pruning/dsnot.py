@@ -11,15 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ressa.pruning.masks import (
-    apply_mask,
-    has_pattern,
-    parse_pattern,
-    sparsity_of,
-    validate_target,
-)
+from .masks import apply_mask, has_pattern, sparsity_of
 from .scores import wanda
 from .statistics import Statistics, validate_inputs
+from .targets import parse_pattern, validate_target
 
 # %% ../../nbs/reference/dsnot.ipynb #17b12929
 @dataclass

@@ -34,7 +34,7 @@ from ressa.parts import (
     require_bare,
 )
 from ..progress import progress_bar
-from .masks import sparsity_of, validate_target
+from .masks import sparsity_of
 from ressa.pruning.methods import (
     Method,
     method_of,
@@ -59,6 +59,7 @@ from ressa.pruning.passes import (
 from .placement import StoredWeight
 from .report import LayerReport, PruneReport, estimated_error
 from .statistics import Statistics, real_tokens, unusable
+from .targets import validate_target
 
 # %% ../../nbs/reference/engine.ipynb #0c890869
 def _require_layers(parts, setting):

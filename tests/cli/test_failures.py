@@ -38,7 +38,11 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "there/file")
         (PIL.Image.DecompressionBombError("5 pixels"), 2, "too large.*5 pixels"),
         (PIL.UnidentifiedImageError("no image"), 2, "cannot be read: no image"),
         (ModuleNotFoundError("No module named 'gguf'"), 2, "missing.*'gguf'"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, "What helps: --teacher cached"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            1,
+            "What helps: --teacher cached",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "What helps"),
         (MemoryError(), 1, "out of memory: MemoryError. What helps"),
         (HalfPrunedError("stopped after 3"), 1, "stopped after 3"),

@@ -1,19 +1,26 @@
-"""The steps of a run: its folder, its data, and that each step is made once."""
+"""The steps of a run: its folder, its models, and that each step is made once."""
 
 import json
-from argparse import Namespace
 
 import pytest
+import torch
 
 from ressa.cli import main_job
 from ressa.cli.app import parse
-from ressa.cli.main_job import (
-    draw_calibration,
-    load_tests,
-    load_training,
-    open_out,
-    settings_of,
-)
+from ressa.cli.main_job import open_out, settings_of, stored_results
+from ressa.cli.recipes import read_options
+from ressa.cli.repair import KEYS
+
+
+def options(*line):
+    "The options of `ressa repair`."
+    parsed = parse(["repair", *map(str, line)])
+    read = read_options(parsed, *KEYS, training=True)
+    read.line = parsed.line
+    return read
+
+
+TINY = "--limit 10 --steps 2 --batch-size 4 --calibration 8".split()
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -49,67 +56,133 @@ def test_a_broken_file_of_a_run_is_named(tmp_path, name):
 
 
 def test_settings_are_what_decides_the_results():
-    one = settings_of(parse(["repair", "--out", "here"]))
-    other = settings_of(parse(["repair", "--out", "there"]))
+    one, other = settings_of(options("--out", "here")), settings_of(options())
     assert one == other and "version" in one and "out" not in one
-    assert settings_of(parse(["repair", "--seed", "1"])) != one
+    assert one["learning_rate"] == 2e-3 and one["sparsity"] == 0.8
+    assert settings_of(options("--seed", "1")) != one
+    assert settings_of(options("--weight-decay", "0.1")) != one
+    assert settings_of(options("--test-batch", "3")) == one  # the same answers
     assert json.loads(json.dumps(one)) == one
 
 
-def test_tests_and_training_of_easy_vqa(bundled):
-    _, processor = bundled
-    args = Namespace(data="easy-vqa", limit=7)
-    questions, captions = load_tests(args, processor)
-    assert len(questions) == len(captions) == 7
-    assert set(captions["question_type"]) == {"caption"}
-    args.limit = None
-    assert [len(test) for test in load_tests(args, processor)] == [9673, 888]
-    prompt = load_training(args, processor)["prompt"][0]
-    assert prompt.startswith("Question: ") and prompt.endswith(" Short answer:")
+def test_looking_writes_nothing(tmp_path):
+    assert stored_results(tmp_path / "new", {"seed": 0}) is None
+    assert not (tmp_path / "new").exists()
 
 
-def test_calibration_is_drawn_by_the_seed(bundled, data):
-    import torch
+def count_models(monkeypatch):
+    "Count the models with weights that are alive, and the most of them at once."
+    import gc
+    import weakref
 
-    model, processor = bundled
+    alive, counts = weakref.WeakSet(), []
+    load = main_job.load_model
 
-    def drawn(seed):
-        args = Namespace(calibration=5, seed=seed)
-        return draw_calibration(args, model, data[0], processor)["input_ids"]
+    def counted(*args, **more):
+        model, processor = load(*args, **more)
+        gc.collect()
+        alive.add(model)
+        counts.append(len(alive))
+        return model, processor
 
-    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
-    with pytest.raises(ValueError, match="--calibration 9: only 3 examples"):
-        args = Namespace(calibration=9, seed=0)
-        draw_calibration(args, model, data[0].select(range(3)), processor)
+    monkeypatch.setattr(main_job, "load_model", counted)
+    return counts
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
-    "Ctrl-C as the second training begins: only that training is made again."
-    options = "--limit 10 --steps 2 --batch-size 4 --calibration 8".split()
-    args = parse(["repair", *options, "--out", str(tmp_path / "out")])
-    repair, adapters = main_job.repair, []
+@pytest.mark.parametrize("teacher, most", [("model", 2), ("self", 1), ("cached", 1)])
+def test_how_many_models_are_alive(tmp_path, monkeypatch, teacher, most):
+    counts = count_models(monkeypatch)
+    more = ("--compare", "labels", "--teacher", teacher, "--out", tmp_path / "out")
+    results = main_job.main_job(options(*TINY, *more))
+    assert max(counts) <= most and results["zeros_filled"] == 0
+    assert "labels" in results and "plain_lora" not in results
 
-    def stopped(*given, adapter, **more):
-        if adapter == "sparselora":
-            raise KeyboardInterrupt
-        return repair(*given, adapter=adapter, **more)
 
-    def watched(*given, adapter, **more):
-        adapters.append(adapter)
-        return repair(*given, adapter=adapter, **more)
+@pytest.mark.slow
+def test_teachers_say_the_same(tmp_path):
+    "The dense model in memory, its cached answers, and the values put back."
+    logs = {}
+    for teacher in ("model", "self"):
+        out = tmp_path / teacher
+        line = (*TINY, "--teacher", teacher, "--positions", "answer", "--out", out)
+        logs[teacher] = main_job.main_job(options(*line))["training"]["repaired"]
+    for one, other in zip(*logs.values()):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["model", "cached"])
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, teacher):
+    "Ctrl-C as the training begins: dense and pruned are not measured again."
+    from safetensors.torch import load_file
+
+    line = (*TINY, "--teacher", teacher)
+    whole = main_job.main_job(options(*line, "--out", tmp_path / "whole"))
+    measured, measure = [], main_job.measure
+
+    def stopped(*given, **more):
+        raise KeyboardInterrupt
+
+    def watched(*given, progress, **more):
+        measured.append(progress)
+        return measure(*given, progress=progress, **more)
+
+    args = options(*line, "--out", tmp_path / "out")
     with monkeypatch.context() as patched:
         patched.setattr(main_job, "repair", stopped)
         with pytest.raises(KeyboardInterrupt):
             main_job.main_job(args)
-    kept = json.loads((tmp_path / "out" / "steps.json").read_text())
-    assert "plain_lora" in kept and "repaired" not in kept
-    monkeypatch.setattr(main_job, "repair", watched)
+    monkeypatch.setattr(main_job, "measure", watched)
     results = main_job.main_job(args)
-    assert adapters == ["sparselora"]
-    assert results["plain_lora"]["accuracy"] == kept["plain_lora"]["accuracy"]
+    assert measured == ["repaired"]
+    assert results["repaired"]["accuracy"] == whole["repaired"]["accuracy"]
+    one = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    other = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
     assert main_job.main_job(args)["repaired"] == json.loads(
         json.dumps(results["repaired"])
     )
-    assert adapters == ["sparselora"]  # a run that has ended trains nothing
+    assert measured == ["repaired"]  # a run that has ended measures nothing
+
+
+@pytest.mark.slow
+def test_every_option_of_a_run_is_read(tmp_path):
+    "An option that no code asks for would be ignored without a word."
+    import dataclasses
+
+    read = set()
+
+    class Watched(type(options())):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    args = Watched(**vars(options(*TINY, "--out", tmp_path / "out", "--held-out", "4")))
+    main_job.main_job(args)
+    # of other data than easy-VQA
+    args.data, args.split, args.columns = str(tmp_path / "none"), "x", '{"image": "i"}'
+    with pytest.raises(ValueError):
+        main_job.load_tests(args, None)
+    own = {field.name for cls in KEYS for field in dataclasses.fields(cls)}
+    assert own - read == set()
+
+
+def test_out_of_memory_ends_in_advice(tmp_path, monkeypatch):
+    from ressa.cli.memory import TooLittleMemory
+
+    def too_large(*given, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(main_job, "draw_calibration", too_large)
+    with pytest.raises(TooLittleMemory, match="What helps: .*saves") as caught:
+        main_job.main_job(options(*TINY, "--out", tmp_path / "out"))
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(main_job, "available_bytes", lambda *a, **more: 10**6)
+    monkeypatch.setattr(main_job, "load_model", None)
+    with pytest.raises(ValueError, match="needs .* by formula, and cpu has 1 MB free"):
+        main_job.main_job(options(*TINY, "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -45,7 +45,9 @@ def test_weights_and_adapters_are_counted_exactly(bundled_parts):
     from ressa.adaptation.adapters import adapt
     from ressa.models.bundled import load_bundled
 
-    held = needed(bundled_parts, ranks={"vision": 8, "language": 8, "interface": 8}).held
+    held = needed(
+        bundled_parts, ranks={"vision": 8, "language": 8, "interface": 8}
+    ).held
     model, _ = load_bundled("cpu")
     assert held["student"] == held["teacher"]
     assert held["student"] == sum(weight.nbytes for weight in model.parameters())
@@ -67,11 +69,13 @@ def test_what_grows_with_what(bundled_parts):
     before = needed(bundled_parts)
     twice = needed(bundled_parts, batch_size=16)
     assert twice.held["activations"] == 2 * before.held["activations"]
-    assert needed(bundled_parts, dtype_bytes=2).held["student"] * 2 == (
-        before.held["student"]
+    assert (
+        needed(bundled_parts, dtype_bytes=2).held["student"] * 2
+        == (before.held["student"])
     )
-    assert needed(bundled_parts, micro_batch=1).phases["pruning"] < (
-        before.phases["pruning"]
+    assert (
+        needed(bundled_parts, micro_batch=1).phases["pruning"]
+        < (before.phases["pruning"])
     )
     assert before.peak == max(before.phases.values())
 

@@ -154,7 +154,9 @@ def test_shipped_recipes_say_what_they_need_and_can_be_read(parser, name):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_what_is_written_means_the_same(parser, recipe, name):
-    line = parser.parse_args([name, "--data", "a: b # c", "--columns", '{"image": "i"}'])
+    line = parser.parse_args(
+        [name, "--data", "a: b # c", "--columns", '{"image": "i"}']
+    )
     given = given_keys(line, *KEYS, training=True)
     again = parser.parse_args([recipe(written(given, *KEYS, all_keys=True))])
     expected = read_options(line, *KEYS, training=True)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-import transformers
+from odd_models import odd
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -13,6 +13,7 @@ from torch.nn.utils import prune as torch_prune
 from ressa.data.collate import calibration_batch
 from ressa.models.bundled import load_bundled
 from ressa.parts import WRAPPERS, modality_map, require_bare, require_unwrapped
+from ressa.pruning import engine
 from ressa.pruning.engine import (
     HalfPrunedError,
     input_statistics,
@@ -171,19 +172,36 @@ def prune_layers_of(model, batch):
 # --- what fails half-way
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch": 1}])
-def test_an_error_half_way_says_what_is_pruned(dense, options):
-    model, batch = copy.deepcopy(dense[0]), dense[1]
+def third_fails(error):
+    "A method that prunes two layers to nothing, and then fails."
     calls = []
 
-    def third_fails(weight, stats, *, sparsity, pattern):
+    def method(weight, stats, *, sparsity, pattern):
         calls.append(weight)
         if len(calls) == 3:
-            raise torch.OutOfMemoryError("no memory")
+            raise error
         return torch.zeros_like(weight)
 
+    return method
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 1}])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt()])
+def test_an_error_half_way_changes_nothing(dense, options, error):
+    model, batch = copy.deepcopy(dense[0]), dense[1]
+    with pytest.raises(type(error)):
+        prune(model, batch, third_fails(error), sparsity=0.5, progress=False, **options)
+    for weight, old in zip(model.parameters(), dense[0].parameters()):
+        assert torch.equal(weight, old)
+
+
+def test_without_copies_an_error_half_way_says_what_is_pruned(dense, monkeypatch):
+    "Copies of the weights are kept where they are small beside the free memory."
+    model, batch = copy.deepcopy(dense[0]), dense[1]
+    monkeypatch.setattr(engine, "KEPT_SHARE", 0.0)
+    method = third_fails(torch.OutOfMemoryError("no memory"))
     with pytest.raises(HalfPrunedError, match="after 2 of 33 layers.*no memory") as it:
-        prune(model, batch, third_fails, sparsity=0.5, progress=False, **options)
+        prune(model, batch, method, sparsity=0.5, progress=False)
     assert isinstance(it.value.__cause__, torch.OutOfMemoryError)
     zero = [
         n for n, layer in modality_map(model).layers.items() if not layer.weight.any()
@@ -203,46 +221,10 @@ def test_an_error_before_the_first_layer_is_raised_as_it_is(dense):
 # --- parts and layers
 
 
-def gpt2_captioner():
-    "A ViT and a GPT-2, whose linear layers are stored as (in, out)."
-    vit = transformers.ViTConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    gpt2 = transformers.GPT2Config(
-        vocab_size=64,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=32,
-        add_cross_attention=True,
-        is_decoder=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        vit, gpt2
-    )
-    config.decoder_start_token_id, config.pad_token_id = 1, 0
-    return transformers.VisionEncoderDecoderModel(config).eval()
-
-
-def caption_batch():
-    return {
-        "pixel_values": torch.randn(3, 3, 16, 16),
-        "labels": torch.randint(3, 64, (3, 5)),
-    }
-
-
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("micro_batch", [None, 1])
 def test_gpt2s_layers_are_pruned_by_output_row(method, micro_batch):
-    model = gpt2_captioner()
-    batch = caption_batch()
+    model, batch = odd("ViT and GPT-2")
     layers = modality_map(model).linears["language"]
     assert len(layers) == 2 * 7  # c_attn, c_proj, c_fc, c_proj; q_attn and two of cross
     report = prune(
@@ -257,9 +239,9 @@ def test_gpt2s_layers_are_pruned_by_output_row(method, micro_batch):
 
 
 def test_gpt2s_layers_are_pruned_as_the_same_linear_layers():
-    model = gpt2_captioner()
+    model, batch = odd("ViT and GPT-2")
     layer = model.decoder.transformer.h[0].attn.c_attn
-    dense, batch = layer.weight.detach().t().clone(), caption_batch()
+    dense = layer.weight.detach().t().clone()
     name = "decoder.transformer.h.0.attn.c_attn"
     stats = input_statistics(model, batch)[name]
     prune(model, batch, sparsity={name: 0.5}, progress=False)
@@ -278,3 +260,118 @@ def test_a_wanted_part_without_layers_is_an_error(dense, part):
     if part != "interface":  # one value means vision and language
         with pytest.raises(ValueError, match=message):
             layer_targets(parts, 0.5)
+
+
+# --- odd models and batches
+
+
+class InnerCall(nn.Module):
+    "Calls its layer with the input by name."
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+class Around(nn.Module):
+    "A module of a user's own around a model."
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+
+def quantised_mlp(model, batch):
+    block = model.model.language_model.layers[0]
+    block.mlp = torch.ao.quantization.quantize_dynamic(block.mlp, {nn.Linear})
+    return model, batch
+
+
+def around(model, batch):
+    return Around(model), batch
+
+
+def without_rows(model, batch):
+    return model, {name: value[:0] for name, value in batch.items()}
+
+
+def expanded(model, batch):
+    weight = model.model.language_model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data[:1].expand(weight.shape)
+    return model, batch
+
+
+ODD = {
+    "quantised, and no nn.Linear": (quantised_mlp, "mlp.gate_proj is quantised"),
+    "a module around it": (around, "model of transformers.*prune_layers"),
+    "no rows": (without_rows, "no examples"),
+    "an expanded weight": (expanded, "up_proj.*expanded tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_an_odd_model_or_batch_is_refused_by_name(kind, micro_batch):
+    make, message = ODD[kind]
+    model, batch = make(*odd("DeepseekVL"))
+    before = [weight.clone() for weight in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        prune(model, batch, sparsity=0.5, progress=False, micro_batch=micro_batch)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_layer_that_is_called_by_name_is_pruned(micro_batch):
+    model, batch = odd("DeepseekVL")
+    mlp = model.model.language_model.layers[0].mlp
+    layer = mlp.up_proj
+    mlp.up_proj = InnerCall(layer)
+    prune(model, batch, sparsity=0.5, progress=False, micro_batch=micro_batch)
+    assert (layer.weight == 0).float().mean() == 0.5
+
+
+def test_two_layers_that_share_memory_stay_dense():
+    "Else the second would be pruned on what the first has left."
+    model, batch = odd("DeepseekVL")
+    first, second = (block.mlp for block in model.model.language_model.layers)
+    second.up_proj.weight.data = first.up_proj.weight.data
+    left_dense = modality_map(model).left_dense
+    for i in (0, 1):
+        name = f"model.language_model.layers.{i}.mlp.up_proj"
+        assert left_dense[name] == "tied weight"
+    prune(model, batch, "sparsegpt", sparsity=0.5, progress=False)
+    assert first.up_proj.weight.all()
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_block_that_is_called_twice_is_pruned_once(micro_batch):
+    model, batch = odd("DeepseekVL")
+    blocks = model.model.language_model.layers
+    blocks[1] = blocks[0]
+    report = prune(model, batch, sparsity=0.5, progress=False, micro_batch=micro_batch)
+    assert len(report.layers) == 12 + 7
+    for line in report.layers:
+        assert line.sparsity == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_any_format_of_numbers_has_its_share_of_zeros(dtype, method):
+    model, batch = odd("DeepseekVL")
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    report = prune(model.to(dtype), batch, method, sparsity=0.5, progress=False)
+    for part in report.parts().values():  # SparseGPT has one threshold for several rows
+        assert abs(part["sparsity"] - 0.5) < 2e-3
+    assert all(weight.dtype == dtype for weight in model.parameters())
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 2), nn.Embedding(4, 4)])
+def test_what_is_no_linear_layer_is_refused(dense, layer):
+    with pytest.raises(ValueError, match="mine .* is no linear layer"):
+        prune_layers(*dense, {"mine": layer}, {"mine": 0.5}, progress=False)
+    with pytest.raises(ValueError, match="targets names 'other'"):
+        prune_layers(*dense, {"mine": layer}, {"other": 0.5}, progress=False)

@@ -603,7 +603,11 @@ def without_padding(own):
         own["labels"] = labels[:, labels[0] != -100]
         return own
     is_token = mask.bool().any(0)
-    return {
+    one = {
         name: value[:, is_token] if value.shape[:2] == ids.shape else value
         for name, value in own.items()
     }
+    is_answer = (labels if labels is not None else ids) != -100
+    if labels is not None and not torch.equal(labels[is_answer], ids[is_answer]):
+        one["labels"] = labels[:, is_answer[0]]  # of a decoder
+    return one

@@ -188,6 +188,10 @@ def _values(value):
     return value.values if isinstance(value, PretendedTensor) else value
 
 
+def _number_or_same(value):
+    return value.item() if isinstance(value, PretendedTensor) else value
+
+
 class PretendedCards(TorchDispatchMode):
     """While it is open, `.to("cuda:1")` and `device="cuda:1"` give pretended tensors.
 
@@ -198,6 +202,10 @@ class PretendedCards(TorchDispatchMode):
     def __enter__(self):
         self._lazy_init = torch.cuda._lazy_init
         torch.cuda._lazy_init = lambda: None  # else torch looks for a driver
+        self._tensor = torch.tensor
+        torch.tensor = self._tensor_of_numbers
+        self._capability = torch.cuda.get_device_capability
+        torch.cuda.get_device_capability = lambda device=None: (7, 0)  # no grouped_mm
         # `torch.tensor(…, device="cuda")` makes a tensor on the CPU, and then moves it
         torch._C._set_only_lift_cpu_tensors(True)
         self.reset()
@@ -205,8 +213,16 @@ class PretendedCards(TorchDispatchMode):
 
     def __exit__(self, *error):
         torch.cuda._lazy_init = self._lazy_init
+        torch.tensor = self._tensor
+        torch.cuda.get_device_capability = self._capability
         torch._C._set_only_lift_cpu_tensors(False)
         return super().__exit__(*error)
+
+    def _tensor_of_numbers(self, data, **options):
+        "`torch.tensor`, which asks for the numbers of tensors in a list past all modes."
+        if isinstance(data, list):
+            data = tree_map(_number_or_same, data)
+        return self._tensor(data, **options)
 
     def reset(self):
         "Begin to count anew."
@@ -238,7 +254,12 @@ class PretendedCards(TorchDispatchMode):
             on_cpu["device"] = CPU
         if on_cpu.get("pin_memory"):
             on_cpu["pin_memory"] = False
-        result = function(*tree_map(_values, args), **on_cpu)
+        values = tree_map(_values, args)
+        if name == "aten::histc" and not values[0].is_floating_point():
+            # a card counts whole numbers, a CPU does not
+            result = function(values[0].float(), *values[1:], **on_cpu).to(values[0])
+        else:
+            result = function(*values, **on_cpu)
 
         # An operation in place, or with `out=`, returns the tensor that it was given.
         given = {id(tensor.values): tensor for tensor in pretended}

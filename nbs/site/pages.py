@@ -46,6 +46,7 @@ REFERENCE_ORDER = {
     "Pruning": [
         "engine",
         "methods",
+        "mask_targets",
         "statistics",
         "dsnot",
         "passes",
@@ -57,6 +58,8 @@ REFERENCE_ORDER = {
     "Allocation": ["budgets", "rules", "search"],
     "Adaptation": [
         "repair",
+        "sparse_lora",
+        "fast_mask",
         "adapters",
         "adapter_checks",
         "kept_masks",
@@ -65,6 +68,7 @@ REFERENCE_ORDER = {
     ],
     "Checkpoints": [
         "packing",
+        "quantized",
         "sparse_checkpoints",
         "adapter_folders",
         "semi_structured",

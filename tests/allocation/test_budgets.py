@@ -20,7 +20,8 @@ from ressa.allocation.budgets import (
     zeros_by_part,
     zeros_of,
 )
-from ressa.pruning.masks import select, validate_target
+from ressa.pruning.masks import select
+from ressa.pruning.targets import validate_target
 
 widths = st.integers(1, 16).map(lambda n: 8 * n)
 any_shapes = st.lists(

@@ -6,11 +6,9 @@ from matrices import TARGETS, few, plain_mask, seeds, shapes, targets
 from ressa.pruning.masks import (
     apply_mask,
     has_pattern,
-    parse_pattern,
     pruned_count,
     select,
     sparsity_of,
-    validate_target,
 )
 
 every_target = pytest.mark.parametrize(
@@ -83,49 +81,13 @@ def test_select_refuses(score, options, message):
         select(score, **({"sparsity": 0.5} | options))
 
 
-# Targets
+# pruned_count
 
 
 @pytest.mark.parametrize("percent", range(100))
 def test_a_count_is_what_the_decimal_says(percent):
     for n in (10, 90, 100, 336, 4096):
         assert pruned_count(percent / 100, n) == percent * n // 100
-
-
-@pytest.mark.parametrize("pattern, expected", [("2:4", (2, 4)), ("12:16", (12, 16))])
-def test_patterns_are_read(pattern, expected):
-    assert parse_pattern(pattern) == expected
-
-
-@pytest.mark.parametrize(
-    "pattern", ["4:2", "0:4", "2:2", "two of four", "2:4:8", " 2:4", "", 24, None]
-)
-def test_what_is_no_pattern_is_refused(pattern):
-    with pytest.raises(ValueError, match="N < M"):
-        parse_pattern(pattern)
-
-
-@pytest.mark.parametrize(
-    "sparsity, pattern, message",
-    [
-        (None, None, "exactly one"),
-        (0.5, "2:4", "exactly one"),
-        (1.0, None, r"\[0, 1\)"),
-        (-0.1, None, r"\[0, 1\)"),
-        (float("nan"), None, r"\[0, 1\)"),
-        ([0.5], None, r"\[0, 1\)"),
-        (None, "2:5", "divisible by 5"),
-    ],
-)
-def test_impossible_targets_are_refused(sparsity, pattern, message):
-    with pytest.raises(ValueError, match=message):
-        validate_target(sparsity, pattern, in_features=8)
-
-
-def test_possible_targets_are_accepted():
-    validate_target(0, None, in_features=7)
-    validate_target(0.999, None, in_features=7)
-    validate_target(None, "2:4", in_features=8)
 
 
 # apply_mask

@@ -66,9 +66,7 @@ def check_position_bits(
             mistakes={
                 "at a high sparsity the list is cheaper than one bit per weight": 1.0,
                 "at a low sparsity the bitmask is cheaper": kept * bits,
-                "the list names the kept weights, not the pruned ones": min(
-                    1.0, sparsity * bits
-                ),
+                "each place in the list takes several bits": min(1.0, kept),
                 "a place takes a whole number of bits": min(
                     1.0, kept * math.log2(columns)
                 ),

@@ -118,7 +118,7 @@ LEFT_OUT = {  # name → why
     **dict.fromkeys(
         ("expect", "same", "shown", "start_page"), "serve the pages of the course"
     ),
-    "pruned_count": "given what validate_target took",
+    **dict.fromkeys(("pruned_count", "kth_lowest"), "given what validate_target took"),
     "require_training_data": "given arguments of a trainer, see adaptation/test_trainer",
     "RessaArguments": "see wrong_calls and transformers",
     "SparseLoraModel": "made by PEFT",
@@ -268,6 +268,7 @@ def right_calls(folder):
         validate_target=dict(sparsity=0.5, pattern=None, in_features=8),
         apply_mask=dict(weight=weight, mask=weight > 0),
         parse_pattern=dict(pattern="2:4"),
+        require_scores=dict(score=weight.abs()),
         sparsity_of=dict(weight=weight),
         has_pattern=dict(weight=weight, pattern="2:4"),
         reconstruction_error=dict(x=x, weight=weight, pruned=weight * 0.5),

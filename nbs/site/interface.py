@@ -111,6 +111,13 @@ def escaped(text):
     return "`".join(parts)
 
 
+def docstring(node):
+    "A docstring as Markdown: code between backticks, and titles between asterisks."
+    text = escaped(ast.get_docstring(node) or "")
+    title = r"(?<![\w*\\])\\\*(\w[^*`]*\w)\\\*(?![\w*])"
+    return re.sub(title, r"*\1*", text)
+
+
 def code(text):
     return f"`{text}`".replace("|", r"\|") if text else ""
 
@@ -161,7 +168,7 @@ def entry(node, source, module, owner=""):
     if call == "" and owner:
         kind = "property"
     inside = [
-        escaped(ast.get_docstring(node) or ""),
+        docstring(node),
         table(node, source),
         *(entry(m, source, module, node.name) for m in methods(node)),
     ]

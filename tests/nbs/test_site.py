@@ -462,9 +462,10 @@ def test_docments_are_read():
       # how many
       # of them
       n=3) -> int:  # a number
-    "Do `it`."
+    "Do `it` as *Them, All* do (`x*y*z`), with f(a*b, *c, **d)."
 """
     text = entry(ast.parse(source).body[0], source, "ressa.f")
+    assert r"Do `it` as *Them, All* do (`x*y*z`), with f(a\*b, \*c, \*\*d)." in text
     assert "f(x, *, n=3)" in text and "| `n` |  | `3` | how many of them |" in text
     assert (
         r"rows, \*all\* of them" in text and "| returns | `int` |  | a number |" in text

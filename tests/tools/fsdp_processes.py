@@ -10,12 +10,12 @@ from pathlib import Path
 
 from accelerate import DistributedType, PartialState
 from peft import get_peft_model
-from same_repair import long_answers, pruned_and_dense
+from same_repair import long_answers, pruned_and_dense, three_steps
 from transformers import set_seed
 
 from ressa.adaptation.sparse_lora import SparseLoraConfig
 from ressa.adaptation.teachers import CachedTeacher, cache_targets
-from ressa.adaptation.trainer import RessaArguments, RessaTrainer
+from ressa.adaptation.trainer import RessaTrainer
 
 
 def main(folder, batch_size):
@@ -29,18 +29,7 @@ def main(folder, batch_size):
     student = get_peft_model(model, SparseLoraConfig(r=2))
     whole = sum(p.numel() for p in student.parameters())
     cut = "ACCELERATE_USE_FSDP" in os.environ
-    args = RessaArguments(
-        str(folder),
-        max_steps=3,
-        per_device_train_batch_size=int(batch_size),
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
-        gradient_checkpointing=cut,
-    )
+    args = three_steps(folder, batch_size, gradient_checkpointing=cut)
     if cut:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = RessaTrainer(

@@ -8,12 +8,29 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from ressa.adaptation.repair import repair
+from ressa.adaptation.trainer import RessaArguments
 from ressa.data.collate import calibration_batch
 from ressa.data.easy_vqa import load_easy_vqa
 from ressa.models.bundled import load_bundled
 from ressa.pruning.engine import prune
 
 torch.set_num_threads(1)  # sums are taken in one order
+
+
+def three_steps(folder, batch_size, **options):
+    "The arguments of a repair of three steps on the CPU."
+    return RessaArguments(
+        str(folder),
+        max_steps=3,
+        per_device_train_batch_size=int(batch_size),
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        **options,
+    )
 
 
 @functools.cache

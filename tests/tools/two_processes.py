@@ -6,12 +6,12 @@ from pathlib import Path
 
 from peft import get_peft_model
 from safetensors.torch import save_file
-from same_repair import long_answers, pruned_and_dense
+from same_repair import long_answers, pruned_and_dense, three_steps
 from transformers import set_seed
 
 from ressa.adaptation.adapters import zero_masks, zeros_filled
 from ressa.adaptation.sparse_lora import SparseLoraConfig
-from ressa.adaptation.trainer import RessaArguments, RessaTrainer
+from ressa.adaptation.trainer import RessaTrainer
 
 
 def main(folder, batch_size):
@@ -19,17 +19,7 @@ def main(folder, batch_size):
     masks = zero_masks(model)
     set_seed(0)
     student = get_peft_model(model, SparseLoraConfig(r=2))
-    args = RessaArguments(
-        str(folder),
-        max_steps=3,
-        per_device_train_batch_size=int(batch_size),
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
-    )
+    args = three_steps(folder, batch_size)
     trainer = RessaTrainer(
         student,
         args,

@@ -669,6 +669,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                                                                                   'ressa/cli/main_job.py'),
                                     'ressa.cli.main_job._allocated': ( 'reference/command_main_job.html#_allocated',
                                                                        'ressa/cli/main_job.py'),
+                                    'ressa.cli.main_job._argument': ('reference/command_main_job.html#_argument', 'ressa/cli/main_job.py'),
                                     'ressa.cli.main_job._arguments_of': ( 'reference/command_main_job.html#_arguments_of',
                                                                           'ressa/cli/main_job.py'),
                                     'ressa.cli.main_job._cached': ('reference/command_main_job.html#_cached', 'ressa/cli/main_job.py'),

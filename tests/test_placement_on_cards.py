@@ -20,7 +20,7 @@ from pretended_device import (
 from tiny_models import examples, tiny
 from torch import nn
 
-from ressa.adaptation import sparse_lora
+from ressa.adaptation import fast_mask
 from ressa.adaptation.adapters import remask, zero_masks, zeros_filled
 from ressa.adaptation.distillation import (
     Targets,
@@ -28,8 +28,9 @@ from ressa.adaptation.distillation import (
     distillation_loss,
     top_targets,
 )
+from ressa.adaptation.masked_update import sparse_lora_linear
 from ressa.adaptation.repair import repair
-from ressa.adaptation.sparse_lora import SparseLoraConfig, sparse_lora_linear
+from ressa.adaptation.sparse_lora import SparseLoraConfig
 from ressa.adaptation.teachers import ModelTeacher, SelfTeacher, cache_targets
 from ressa.allocation.rules import ecoflap, owl
 from ressa.allocation.search import search
@@ -92,7 +93,7 @@ def case(tmp_path_factory):
 @pytest.fixture
 def cards(monkeypatch):
     # torch.compile cannot see through pretended tensors
-    monkeypatch.setattr(sparse_lora, "_compiled_devices", set())
+    monkeypatch.setattr(fast_mask, "_compiled_devices", set())
     with PretendedCards() as opened:
         yield opened
 

@@ -29,7 +29,6 @@ from ressa.checkpoints.packing import (
     pack_tensor,
     unpack_tensor,
 )
-from ..devices import require_in_memory
 from ressa.checkpoints.quantized import (
     BITS,
     Quantized,
@@ -37,7 +36,14 @@ from ressa.checkpoints.quantized import (
     quantize,
     require_bits,
 )
-from ..files import flush_to_disk, read_json, whole_folder, write_json
+from ..devices import require_in_memory
+from ressa.files import (
+    flush_to_disk,
+    read_json,
+    require_files,
+    whole_folder,
+    write_json,
+)
 
 # %% ../../nbs/reference/sparse_checkpoints.ipynb #6e272705
 class _Entry(NamedTuple):
@@ -674,7 +680,9 @@ def pack(
 # %% ../../nbs/reference/sparse_checkpoints.ipynb #34a4b34b
 def _write_ordinary(folder, tensors, max_shard_size):
     "Write dense weights under the names that all loaders know."
-    written = _write_shards(folder, "model", tensors, _Way(packed=False), max_shard_size)
+    written = _write_shards(
+        folder, "model", tensors, _Way(packed=False), max_shard_size
+    )
     file_of = {name: file for name, (file, _) in written.items()}
     if len(set(file_of.values())) > 1:
         total = sum(_dense_bytes(tensor) for tensor in tensors.values())

@@ -24,8 +24,9 @@ from torch import nn
 
 from .. import __version__
 from ..adaptation.repair import repair
+from ..adaptation.sparse_lora import DEFAULT_RANKS
 from ..adaptation.teachers import CachedTeacher, SelfTeacher, cache_targets
-from ..adaptation.trainer import RessaArguments
+from ..adaptation.trainer import PRESETS, RessaArguments
 from ..allocation.rules import ecoflap, owl
 from ressa.cli.memory import (
     Load,
@@ -39,6 +40,7 @@ from ressa.cli.memory import (
 )
 from .model_card import HUB_KEYS, push_to_hub, write_products
 from .options import RIVALS, pruning_target, ranks_of, rivals_of
+from .recipes import TRAINING_DEFAULTS
 from .report import html_report
 from ressa.cli.results import (
     device_name,
@@ -215,8 +217,6 @@ class RunPlan(NamedTuple):
 _TEST_BATCH = 16  # examples that a larger model answers at once
 _BUNDLED_TEST_BATCH = 256
 _MICRO_BATCH = 8  # examples that a block of a larger model takes at once
-_LORA_ALPHA = 16
-_DEFAULT_RANK = 8
 
 
 def dtype_of(
@@ -244,9 +244,16 @@ def _dtype_bytes(dtype, empty):
     return kind.itemsize
 
 
+def _argument(args, name):
+    "What the training has of a key: as given, as the preset says, or its default."
+    preset = PRESETS.get(args.training.get("preset"), {})
+    default = TRAINING_DEFAULTS.get(name, getattr(RessaArguments, name))
+    return args.training.get(name, preset.get(name, default))
+
+
 def _trained_batch(args):
     "Examples in a step, on one device."
-    return args.training.get("per_device_train_batch_size", 8)
+    return _argument(args, "per_device_train_batch_size")
 
 
 def _load_of(args, dtype, empty, examples, processor, targets):
@@ -266,7 +273,7 @@ def _load_of(args, dtype, empty, examples, processor, targets):
         calibration=args.calibration,
         micro_batch=args.micro_batch or (None if bundled else _MICRO_BATCH),
         test_batch=test_batch_of(args),
-        ranks=ranks_of(args.rank) or _DEFAULT_RANK,
+        ranks=ranks_of(args.rank) or DEFAULT_RANKS,
         teacher="none" if _no_teacher(args) else args.teacher,
         sparsity=sum(numbers) / max(1, len(numbers)),
         checkpointing=bool(args.training.get("gradient_checkpointing")),
@@ -281,7 +288,7 @@ def _kept_share(pattern):
 
 def _no_teacher(args):
     "Whether the repair learns from labels alone."
-    return args.training.get("distill_weight", 0.5) == 0
+    return _argument(args, "distill_weight") == 0
 
 # %% ../../nbs/reference/command_main_job.ipynb #902e98e8
 def _check_together(args, targets):
@@ -459,7 +466,7 @@ def _steps_of(args, n_examples):
     if training.get("max_steps", -1) > 0:
         return training["max_steps"]
     if "num_train_epochs" not in training:
-        return 200
+        return TRAINING_DEFAULTS["max_steps"]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     in_step = _trained_batch(args) * training.get("gradient_accumulation_steps", 1)
     steps_in_epoch = math.ceil(n_examples / (in_step * processes))
@@ -471,16 +478,13 @@ def _repair_options(plan, row):
     args = plan.args
     options: dict[str, Any] = _training_of(args)
     options.setdefault("disable_tqdm", bool(os.environ.get("TQDM_DISABLE")))
-    if "preset" not in options:
-        options.setdefault("learning_rate", 1e-4)
-        options["steps"] = _steps_of(args, len(plan.examples))
-        options["batch_size"] = _trained_batch(args)
-    elif options.get("max_steps", -1) > 0:
-        options["steps"] = options["max_steps"]
-    for name in ("max_steps", "num_train_epochs"):
+    has_length = options.get("max_steps", -1) > 0 or "num_train_epochs" in options
+    for name in ("max_steps", "num_train_epochs", "per_device_train_batch_size"):
         options.pop(name, None)
-    if "per_device_train_batch_size" in options:
-        options["batch_size"] = options.pop("per_device_train_batch_size")
+    if has_length or "preset" not in options:
+        options["steps"] = _steps_of(args, len(plan.examples))
+    options["batch_size"] = _trained_batch(args)
+    options["learning_rate"] = _argument(args, "learning_rate")
     options["adapter"] = args.adapter
     if args.rank is not None:
         options["r"] = ranks_of(args.rank)
@@ -547,7 +551,6 @@ def _measure_blind(plan):
 
 def _cached(plan, dense):
     "The plan with examples that hold the answers of the dense model."
-    training = plan.args.training
     cached = {}
     for name in ("examples", "held_out"):
         if getattr(plan, name) is None:
@@ -558,8 +561,8 @@ def _cached(plan, dense):
             getattr(plan, name),
             plan.processor,
             plan.out / f"{name}.arrow",
-            temperature=training.get("temperature", RessaArguments.temperature),
-            positions=training.get("positions", RessaArguments.positions),
+            temperature=_argument(plan.args, "temperature"),
+            positions=_argument(plan.args, "positions"),
             batch_size=_trained_batch(plan.args),
         )
     return plan._replace(**cached)

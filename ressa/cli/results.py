@@ -395,12 +395,15 @@ def _loss_text(results):
 
 def _won_back_text(results):
     "What the repair won back, as a sentence."
+    if not results["won_back"]:
+        return "There was nothing to win back."
     shares = []
     for start, share in results["won_back"].items():
         of = "pruned model" if start == "pruned" else "blind answers"
-        shares.append(f"{share:.1%} counted from the {of}")
+        if share > 0:  # else the sentences below say that it is no better
+            shares.append(f"{share:.1%} counted from the {of}")
     if not shares:
-        return "There was nothing to win back."
+        return "The repair won back nothing."
     return f"The repair won back {', '.join(shares)}."
 
 

@@ -7,6 +7,7 @@ __all__ = ['HELD_OUT_SHARE', 'hold_out', 'without_pictures_of', 'count_seen']
 
 # %% ../../nbs/reference/held_out.ipynb #bef9858a
 import hashlib
+from collections import Counter
 from typing import Any
 
 from datasets import Dataset, Image, List
@@ -63,7 +64,14 @@ def _group_keys(keys):
         firsts = [_first_of_group(key, smaller) for key in own]
         for first in firsts:
             smaller[first] = min(firsts)
-    return [_first_of_group(own[0], smaller) for own in keys]
+    sizes = Counter(_first_of_group(key, smaller) for key in smaller)
+    found = []
+    for own in keys:
+        first = _first_of_group(own[0], smaller)
+        if sizes[first] > 1:  # the smallest of several keys is no random number
+            first = hashlib.sha256(first.encode()).hexdigest()
+        found.append(first)
+    return found
 
 
 HELD_OUT_SHARE = 1 / 5  # of the pictures

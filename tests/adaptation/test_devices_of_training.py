@@ -9,7 +9,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from ressa.adaptation import sparse_lora
+from ressa.adaptation import fast_mask, masked_update
 from ressa.adaptation.repair import repair
 from ressa.adaptation.trainer import RessaArguments
 from ressa.data.collate import collate
@@ -78,16 +78,16 @@ def test_the_mean_over_processes_is_taken_once(case, trainer_of, monkeypatch, sh
 def test_twelve_shapes_are_one_or_two_kernels(monkeypatch):
     "As parameters each would be one of its own, and from the ninth on none at all."
     counter = CompileCounter()
-    compiled = torch.compile(sparse_lora.masked_weight, dynamic=True, backend=counter)
-    monkeypatch.setattr(sparse_lora, "_compiled_devices", {"cpu"})
-    monkeypatch.setattr(sparse_lora, "_compiled_masked_weight", lambda: compiled)
+    compiled = torch.compile(fast_mask.masked_weight, dynamic=True, backend=counter)
+    monkeypatch.setattr(fast_mask, "_compiled_devices", {"cpu"})
+    monkeypatch.setattr(fast_mask, "_compiled_masked_weight", lambda: compiled)
     torch._dynamo.reset()
     for n in range(12):
         weight = nn.Parameter(torch.randn(20 + n, 50 + 2 * n), requires_grad=False)
         A = nn.Parameter(torch.randn(2 + n % 3, weight.shape[1]))
         B = nn.Parameter(torch.randn(len(weight), len(A)))
         x = torch.randn(3, weight.shape[1])
-        y = sparse_lora.sparse_lora_linear(x, weight, None, A, B, 2.0)
+        y = masked_update.sparse_lora_linear(x, weight, None, A, B, 2.0)
         y.sum().backward()
         assert A.grad is not None
     assert counter.frame_count <= 2

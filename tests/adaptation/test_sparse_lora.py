@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ressa.adaptation import sparse_lora
+from ressa.adaptation import fast_mask
 from ressa.adaptation.adapters import zero_masks, zeros_filled
+from ressa.adaptation.fast_mask import masked_weight
+from ressa.adaptation.masked_update import sparse_lora_linear
 from ressa.adaptation.sparse_lora import (
     SparseLoraConfig,
     SparseLoraLinear,
-    masked_weight,
     peft_targets,
-    sparse_lora_linear,
 )
 from ressa.data.collate import calibration_batch
 from ressa.pruning.scores import magnitude
@@ -39,77 +39,6 @@ def layer(out=8, width=12, r=3, config=None, sparsity=0.5, kind=SparseLoraLinear
 def bits_of_zeros(weight):
     "Where the weight is +0.0, to the bit."
     return (weight == 0) & ~torch.signbit(weight)
-
-
-def gradcheck(weight, r, tokens, scale):
-    out, width = weight.shape
-    shapes = (*tokens, width), (out,), (r, width), (out, r)
-    inputs = [
-        torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes
-    ]
-
-    def layer(x, bias, A, B):
-        return sparse_lora_linear(x, weight, bias, A, B, scale)
-
-    return torch.autograd.gradcheck(layer, inputs)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_gradcheck(seed):
-    torch.manual_seed(seed)
-    out, width, r, tokens = (int(torch.randint(1, high, ())) for high in (7, 9, 4, 6))
-    is_kept = torch.rand(out, width) < torch.rand(())
-    weight = (torch.randn(out, width) * is_kept).double()
-    shape = ((2, tokens), (tokens,), ())[seed % 3]
-    assert gradcheck(weight, r, shape, 0.7)
-    scale_per_rank = torch.randint(0, 3, (r,)).double()  # as in dropout
-    assert gradcheck(weight, r, shape, scale_per_rank)
-
-
-@pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "4:8"])
-def test_gradcheck_with_patterns(pattern):
-    weight = magnitude(torch.randn(5, 16), pattern=pattern).double()
-    assert gradcheck(weight, 2, (3,), 0.7)
-
-
-def test_gradients_of_gradients_are_refused_and_not_wrong():
-    weight = magnitude(torch.randn(4, 6), sparsity=0.5)
-    A = torch.randn(2, 6, requires_grad=True)
-    B = torch.randn(4, 2, requires_grad=True)
-    x = torch.randn(3, 6)
-    loss = sparse_lora_linear(x, weight, None, A, B).square().sum()
-    (dA,) = torch.autograd.grad(loss, A, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dA.sum().backward()
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-)
-def test_mask_in_place_is_the_mask_to_the_bit(dtype):
-    weight = magnitude(torch.randn(33, 65), sparsity=0.5).to(dtype)
-    update = torch.randn(33, 65).to(dtype)
-    update[0] = float("inf")
-    update[1] = float("nan")
-    update[2] = -0.0
-    weight[3] = -0.0
-    weight[4] = torch.finfo(dtype).smallest_normal / 4
-    for w in (weight, weight.T.contiguous().T):
-        want = torch.where(w != 0, update, 0).contiguous()
-        got = sparse_lora._apply_mask_(update.clone(), w).contiguous()
-        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
-
-
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16, torch.float16])
-def test_fast_and_plain_masked_weight_are_equal(weights, adapters):
-    weight = magnitude(torch.randn(32, 48), sparsity=0.5).to(weights)
-    A, B = torch.randn(4, 48).to(adapters), torch.randn(32, 4).to(adapters)
-    fast = sparse_lora._fast_masked_weight(weight, A, B)
-    plain = masked_weight(weight, A, B)
-    assert fast.dtype == plain.dtype == torch.promote_types(weights, adapters)
-    assert torch.equal(fast, plain)
-    assert bits_of_zeros(fast)[weight == 0].all()
 
 
 def test_gradient_equals_the_plain_formula_and_not_the_one_without_mask():
@@ -316,7 +245,7 @@ def test_dropout_compiles_without_a_graph_break_and_drops_whole_ranks():
 @pytest.mark.slow
 @compiler
 def test_compiled_product_equals_the_plain_one(monkeypatch):
-    monkeypatch.setattr(sparse_lora, "_compiled_devices", {"cpu"})
+    monkeypatch.setattr(fast_mask, "_compiled_devices", {"cpu"})
     torch._dynamo.reset()
     for out, width, dtype in (
         (32, 48, torch.float32),
@@ -325,14 +254,14 @@ def test_compiled_product_equals_the_plain_one(monkeypatch):
     ):
         weight = magnitude(torch.randn(out, width), sparsity=0.4).to(dtype)
         A, B = torch.randn(3, width), torch.randn(out, 3)
-        fused = sparse_lora._fast_masked_weight(weight, A, B)
+        fused = fast_mask.fast_masked_weight(weight, A, B)
         assert torch.equal(fused == 0, weight == 0)
         assert not torch.signbit(fused[weight == 0]).any()
         torch.testing.assert_close(fused, masked_weight(weight, A, B))
     adapted, x = layer(), torch.randn(5, 12, requires_grad=True)
     fused = gradients(adapted, adapted, x)
-    assert sparse_lora._compiled_devices == {"cpu"}  # nothing went wrong on the way
-    monkeypatch.setattr(sparse_lora, "_compiled_devices", set())
+    assert fast_mask._compiled_devices == {"cpu"}  # nothing went wrong on the way
+    monkeypatch.setattr(fast_mask, "_compiled_devices", set())
     for a, b in zip(fused, gradients(adapted, adapted, x)):
         torch.testing.assert_close(a, b)
 
@@ -341,14 +270,14 @@ def test_goes_on_where_the_compiler_does_not_work(monkeypatch):
     def broken(*args):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(sparse_lora, "_compiled_devices", {"cpu"})
-    monkeypatch.setattr(sparse_lora, "_compiled_masked_weight", lambda: broken)
+    monkeypatch.setattr(fast_mask, "_compiled_devices", {"cpu"})
+    monkeypatch.setattr(fast_mask, "_compiled_masked_weight", lambda: broken)
     adapted, x = layer(), torch.randn(5, 12)
     with pytest.warns(UserWarning, match="no compiler here"):
         out = adapted(x)
     weight = adapted.base_layer.weight + adapted.get_delta_weight("default")
     torch.testing.assert_close(out, F.linear(x, weight, adapted.base_layer.bias))
-    assert sparse_lora._compiled_devices == set()
+    assert fast_mask._compiled_devices == set()
 
 
 def test_inputs_of_any_shape():

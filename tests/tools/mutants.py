@@ -26,6 +26,7 @@ MODULES = (  # the tests of `pruning.masks` are tests/pruning/test_masks.py
     "pruning.scores",
     "pruning.sparsegpt",
     "pruning.dsnot",
+    "adaptation.masked_update",
     "adaptation.sparse_lora",
     "adaptation.distillation",
     "checkpoints.packing",

@@ -51,7 +51,7 @@ def run(path, skip=("gpu", "slow")):
         cell.source = ""
     NotebookClient(
         notebook,
-        timeout=3600 if "slow" not in skip else 300,
+        timeout=3600 if "slow" not in skip else 900,
         kernel_name="python3",
         kernel_manager_class=WarmKernelManager,
         record_timing=False,

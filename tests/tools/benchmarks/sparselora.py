@@ -23,7 +23,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn import functional as F
 
-from ressa.adaptation.sparse_lora import SparseLoraLinear, masked_weight
+from ressa.adaptation.fast_mask import masked_weight
+from ressa.adaptation.sparse_lora import SparseLoraLinear
 from ressa.data.collate import calibration_batch
 from ressa.data.easy_vqa import load_easy_vqa
 from ressa.models.bundled import load_bundled

@@ -486,7 +486,8 @@ def judging():
 def learning():
     "Distillation and SparseLoRA."
     from ressa.adaptation.distillation import Targets, distillation_loss, top_targets
-    from ressa.adaptation.sparse_lora import SparseLoraConfig, sparse_lora_linear
+    from ressa.adaptation.masked_update import sparse_lora_linear
+    from ressa.adaptation.sparse_lora import SparseLoraConfig
 
     student, teacher, labels = (
         torch.randn(2, 5, 7),

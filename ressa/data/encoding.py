@@ -91,8 +91,8 @@ def _image_list(image):
     ]
 
 
-# Processors of models whose cross-attention reads all images of a batch at once. Where a
-# token may see no image, it sees the mean of all places, padding of other examples too.
+# Processors of models whose cross-attention reads all images of a batch at once. A
+# token that may see no image sees the mean of all places, padding of others too.
 SAME_NUMBER_OF_IMAGES = ("MllamaProcessor",)
 
 
@@ -188,7 +188,7 @@ def _check_images(example, images, processor, marked):
 
 # %% ../../nbs/reference/encoding.ipynb #d87e101c
 def _check_same_number(examples, images, processor):
-    "Raises `ExampleError` for the first example with more or fewer images than another."
+    "Raises `ExampleError` for an example with more or fewer images than the first."
     for i, own in enumerate(images):
         if len(own) != len(images[0]):
             raise ExampleError(

@@ -271,8 +271,9 @@ def load_data(
 
     A folder may hold files, images with a `metadata.csv` or a JSON file, or what
     `save_to_disk` wrote. Conversations have one more column, `earlier_answers`, see
-    `standard_conversations`. With a `limit`, most later files stay unread. Raises `ValueError` if the data set
-    cannot be read, with what to do about it, and as `standard_examples` does.
+    `standard_conversations`. With a `limit`, most later files stay unread. Raises
+    `ValueError` if the data set cannot be read, with what to do about it, and as
+    `standard_examples` does.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, not {limit}")

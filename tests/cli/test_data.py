@@ -5,7 +5,7 @@ import json
 import pytest
 import shapes_folder
 import tiny_models
-from chat_templates import TEMPLATES, processor, trained  # noqa: F401
+from chat_templates import processor
 
 from ressa.cli.data import as_read
 from ressa.data.collate import collate
@@ -33,9 +33,9 @@ def test_examples_are_shown_as_the_model_reads_them(tmp_path, chat_model, run):
     recipe.write_text("\n".join(lines))
     code, said, _ = run("data", recipe)
     assert code == 0
-    assert "conversations in column 'messages'" in said
+    assert "conversations in column 'conversations', pictures in column 'image'" in said
     assert said.count("2 pictures of 16 × 16, 16 × 16 pixels") == 3
-    assert said.count("<image × 4>") == 2 * 3
+    assert said.count("<image × 8>") == 3
     assert "«" in said and "<eos>»" in said
     assert "Too long: 0 of" in said and "Metric: exact match" in said
     assert not (tmp_path / "ressa-out").exists()
@@ -43,20 +43,17 @@ def test_examples_are_shown_as_the_model_reads_them(tmp_path, chat_model, run):
 
 @pytest.mark.parametrize("kind", ["bytes", "Llama"])
 def test_the_pieces_together_are_the_whole_text(kind):
-    from PIL import Image
-
     reader = processor("ChatML", kind)
     row = {
-        "image": Image.new("RGB", (16, 16)),
-        "prompt": "<|im_start|>user\n<image>a red circle <|im_start|>assistant\n",
+        "image": tiny_models.picture(16, 16),
+        "prompt": "<|im_start|>user\n<image>a red circle<|im_end|>\n<|im_start|>assistant\n",
         "answer": "red",
     }
     batch = collate([row], reader)
     place = reader.tokenizer.convert_tokens_to_ids("<image>")
     segments = as_read(batch, reader.tokenizer, [place])
-    assert [segment.kind for segment in segments] == [
-        *("read", "picture", "read", "learned")
-    ]
+    kinds = ["read", "picture", "read", "learned"]
+    assert [segment.kind for segment in segments] == kinds
     assert [str(segments[1]), str(segments[3])] == ["<image × 4>", "«red<|im_end|>»"]
     text = "".join(s.text * (s.tokens if s.kind == "picture" else 1) for s in segments)
     assert text == reader.tokenizer.decode(batch["input_ids"][0])

@@ -59,8 +59,8 @@ def require_unwrapped(
                 )
 
 # %% ../nbs/reference/parts.ipynb #74f56f66
-# Packages whose layers hold packed weights. Some are no `nn.Linear`, and would be passed
-# over without a word.
+# Packages whose layers hold packed weights. Some are no `nn.Linear`, and would be
+# passed over without a word.
 QUANTISING = (
     "torch.ao.nn.quantized",
     "torch.ao.nn.intrinsic.quantized",

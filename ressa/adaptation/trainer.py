@@ -367,7 +367,8 @@ class RessaTrainer(_WithRessaLoss):
                 rules=batch_rules(model),
             )
             examples = kwargs.get("train_dataset")
-            if hasattr(examples, "__len__"):  # a stream may be read only once
+            # a stream may be read only once
+            if examples is not None and hasattr(examples, "__len__"):
                 collator([examples[0]])  # an error comes before the training starts
             kwargs["data_collator"] = collator
         super().__init__(model, args, processing_class=processor, **kwargs)

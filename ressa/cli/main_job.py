@@ -259,7 +259,6 @@ def _trained_batch(args):
 def _load_of(args, dtype, empty, examples, processor, targets):
     "What the formula of memory is given."
     few = draw_examples(examples, min(4, len(examples)), seed=args.seed)
-    text, pictures = load_of_batch(empty, few, processor)
     bundled = args.model == "bundled"
     numbers = [
         1 - _kept_share(target) if isinstance(target, str) else target
@@ -267,8 +266,7 @@ def _load_of(args, dtype, empty, examples, processor, targets):
     ]
     return Load(
         dtype_bytes=_dtype_bytes(dtype, empty),
-        text_tokens=text,
-        picture_tokens=pictures,
+        **load_of_batch(empty, few, processor),
         batch_size=_trained_batch(args),
         calibration=args.calibration,
         micro_batch=args.micro_batch or (None if bundled else _MICRO_BATCH),
@@ -479,11 +477,14 @@ def _repair_options(plan, row):
     options: dict[str, Any] = _training_of(args)
     options.setdefault("disable_tqdm", bool(os.environ.get("TQDM_DISABLE")))
     has_length = options.get("max_steps", -1) > 0 or "num_train_epochs" in options
+    has_batch = "per_device_train_batch_size" in options
     for name in ("max_steps", "num_train_epochs", "per_device_train_batch_size"):
         options.pop(name, None)
+    # A preset knows its own length and batch, which `repair` finds for the model.
     if has_length or "preset" not in options:
         options["steps"] = _steps_of(args, len(plan.examples))
-    options["batch_size"] = _trained_batch(args)
+    if has_batch or "preset" not in options:
+        options["batch_size"] = _trained_batch(args)
     options["learning_rate"] = _argument(args, "learning_rate")
     options["adapter"] = args.adapter
     if args.rank is not None:

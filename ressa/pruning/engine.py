@@ -705,19 +705,19 @@ def prune_layers(
         inputs.masks.watched(model, layers),
     ):
         if dense_statistics:
-            groups, _ = _survey(model, batch, layers)
-            _prune_on_dense_inputs(pruner, groups)
+            readers, _ = _survey(model, batch, layers)
+            _prune_on_dense_inputs(pruner, readers)
         elif micro_batch is not None:
-            groups, block_of = _survey(model, batch, layers)
+            readers, block_of = _survey(model, batch, layers)
             with leaving_at_head(model, layers):
-                _prune_in_pieces(pruner, groups, block_of, micro_batch, recompute)
+                _prune_in_pieces(pruner, readers, block_of, micro_batch, recompute)
         else:
-            # Groups cost a pass of their own, and only a stacked method gains by them:
+            # A survey costs a pass of its own, and only a stacked method gains by it:
             # single layers with a common input share its statistics anyway.
-            groups = [[name] for name in layers]
+            readers = [[name] for name in layers]
             if inputs.method.stacked:
-                groups, _ = _survey(model, batch, layers)
-            with _prune_before_call(pruner, groups), leaving_at_head(model, layers):
+                readers, _ = _survey(model, batch, layers)
+            with _prune_before_call(pruner, readers), leaving_at_head(model, layers):
                 model(**batch)
     for name in layers:
         if name not in pruner.done:

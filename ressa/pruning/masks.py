@@ -7,6 +7,7 @@ __all__ = ['pruned_count', 'select', 'apply_mask', 'sparsity_of', 'has_pattern']
 
 # %% ../../nbs/course/03_masks.ipynb #fff14a07
 import torch
+
 from ressa.pruning.targets import (
     kth_lowest,
     parse_pattern,

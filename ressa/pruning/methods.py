@@ -37,6 +37,7 @@ class Method(NamedTuple):
         if self.within:
             examples = [x] if isinstance(x, torch.Tensor) else x
             return Statistics.of_examples(examples, gram=self.gram)
+        assert isinstance(x, torch.Tensor)  # examples by themselves are for `within`
         return Statistics.of(x, mean=self.mean, gram=self.gram)
 
 

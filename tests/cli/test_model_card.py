@@ -172,3 +172,32 @@ def test_upload_is_one_commit_of_everything(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="my-model could not be uploaded: 401"):
         push_to_hub(out, {})
     assert issubclass(HfHubHTTPError, OSError)  # so they are caught
+
+
+def test_only_a_run_that_asks_for_it_is_uploaded(tmp_path, monkeypatch, capsys):
+    "And no token of the hub is stored. The run has ended, so nothing is computed."
+    from ressa.cli import main_job
+    from ressa.cli.app import parse
+    from ressa.cli.recipes import read_options
+    from ressa.cli.repair import KEYS
+
+    uploads = []
+    monkeypatch.setattr(
+        main_job, "push_to_hub", lambda out, keys: uploads.append(out) or "the page"
+    )
+    out = tmp_path / "out"
+    line = ["repair", "--out", str(out)]
+
+    def read(*more):
+        return read_options(parse([*line, *more]), *KEYS, training=True)
+
+    settings = main_job.settings_of(read())
+    main_job.open_out(out, settings)
+    (out / "results.json").write_text('{"seed": 0}')
+    assert main_job.main_job(read()) == {"seed": 0} and not uploads
+    asked = read("--push-to-hub", "true", "--hub-token", "secret")
+    assert main_job.settings_of(asked) == settings
+    assert main_job.main_job(asked) == {"seed": 0} and uploads == [out]
+    assert "uploaded: the page" in capsys.readouterr().err
+    assert "secret" not in (out / "run.json").read_text()
+    assert not main_job._arguments_of(asked, out).push_to_hub  # not while it trains

@@ -57,7 +57,8 @@ def test_report_is_one_whole_page(finished):
 @pytest.mark.slow
 def test_nothing_is_left_over(finished):
     names = sorted(path.name for path in finished[0].iterdir())
-    assert names == ["model", "report.html", "results.json", "run.json"]
+    files = ["recipe.yaml", "report.html", "results.json", "run.json"]
+    assert names == ["model", *files]
     endings = {path.suffix for path in (finished[0] / "model").iterdir()}
     assert not endings & {".bin", ".pt", ".pkl", ".part"}
 

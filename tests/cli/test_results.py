@@ -161,6 +161,8 @@ def test_the_sentences_hide_nothing(stored):
     assert "plain LoRA, re-masked, 52.53% against 10.00%" in verdict(worse)
     matched = [name for name, run in stored.items() if "or better did" in verdict(run)]
     assert matched == ["2:4"]
+    none = best | {"won_back": {"pruned": -0.2, "blind": -1.3}}
+    assert "The repair won back nothing." in verdict(none)
     assert "nothing to win back" in verdict(best | {"won_back": {}})
     better = best | {"pruned": best["dense"]}
     assert "Pruning lost nothing." in verdict(better)

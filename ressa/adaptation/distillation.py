@@ -112,6 +112,7 @@ def top_targets(
     logits: torch.Tensor,  # (n, vocabulary) of a teacher
     k: int = 16,  # words listed; at most vocabulary - 1: the rest is then the last word
     temperature: float = 1.0,  # T
+    words: int | None = None,  # list only the first so many; others belong to the rest
 ) -> Targets:
     """The k likeliest words of each token, and the rest.
 
@@ -121,21 +122,24 @@ def top_targets(
         raise ValueError(f"k must be at least 1, not {k}")
     require_temperature(temperature)
     log_p = _soft_log_probabilities(logits, temperature)
-    words = log_p.topk(min(k, log_p.shape[-1] - 1)).indices
-    return Targets(_listed_and_rest(log_p, words), words)
+    real = log_p[:, :words]
+    listed = real.topk(min(k, real.shape[-1], log_p.shape[-1] - 1)).indices
+    return Targets(_listed_and_rest(log_p, listed), listed)
 
 # %% ../../nbs/course/10_distillation.ipynb #183b5109
 def kl_sum(
     student_logits: torch.Tensor,  # (n, vocabulary)
     targets: Targets,  # of these n tokens
     temperature: float = 1.0,  # T, for both
+    words: int | None = None,  # compare the first so many words of whole vocabularies
 ) -> torch.Tensor:  # scalar, in nats
     "KL(teacher‖student) at temperature T, summed over tokens, in float32 or wider."
-    log_q = _soft_log_probabilities(student_logits, temperature)
     if targets.words is None:
-        log_p = _soft_log_probabilities(targets.values, temperature)
+        log_p = _soft_log_probabilities(targets.values[..., :words], temperature)
+        log_q = _soft_log_probabilities(student_logits[..., :words], temperature)
     else:
         log_p = targets.values  # softened when they were made
+        log_q = _soft_log_probabilities(student_logits, temperature)
         log_q = _listed_and_rest(log_q, targets.words)
     return F.kl_div(log_q, log_p, log_target=True, reduction="sum")
 
@@ -238,6 +242,22 @@ def _match(teacher, labels, places):
     return teacher, torch.arange(len(places), device=places.device)
 
 # %% ../../nbs/course/10_distillation.ipynb #6314df1a
+def _check_vocabularies(teacher_size, student_size, words):
+    "Raises `ValueError` unless both vocabularies hold the words that are compared."
+    if words is None and teacher_size != student_size:
+        raise ValueError(
+            f"a teacher of {teacher_size} words cannot teach a student of "
+            f"{student_size}: both must share a vocabulary. If both have the same "
+            "tokenizer, and only the padding of their tables differs, pass "
+            "words=len(tokenizer)"
+        )
+    if words is not None and not 1 <= words <= min(teacher_size, student_size):
+        raise ValueError(
+            f"words must be between 1 and {min(teacher_size, student_size)}, which "
+            f"teacher and student both have, not {words}"
+        )
+
+
 def loss_terms(
     student_logits: torch.Tensor,  # (examples, tokens, vocabulary)
     teacher: torch.Tensor | Targets | None,  # logits of the same shape, or targets
@@ -247,6 +267,7 @@ def loss_terms(
     shift: bool = True,  # as in `answer_logits`
     positions: str | torch.Tensor = "answer",  # "all", or True where to distil
     tokens: int | torch.Tensor | None = None,  # divide by so many; None: answers here
+    words: int | None = None,  # compare the first so many words; None: all of both
 ) -> tuple[torch.Tensor, torch.Tensor]:  # CE, T²·KL: scalars in nats
     """The two terms of the RESSA loss: cross-entropy, and T²·KL(teacher‖student).
 
@@ -275,14 +296,11 @@ def loss_terms(
 
     distilled = _distilled_places(positions, labels, shift)
     targets, rows = _match(teacher, labels, distilled)
-    if targets.words is None and targets.values.shape[-1] != vocabulary:
-        raise ValueError(
-            f"a teacher of {targets.values.shape[-1]} words cannot teach a student of "
-            f"{vocabulary}: both must share a vocabulary"
-        )
+    if targets.words is None:
+        _check_vocabularies(targets.values.shape[-1], vocabulary, words)
 
     def kl(chunk_logits, chunk):
-        return kl_sum(chunk_logits, targets.at(rows[chunk]), temperature)
+        return kl_sum(chunk_logits, targets.at(rows[chunk]), temperature, words)
 
     def both(chunk_logits, chunk):
         return torch.stack(
@@ -316,6 +334,7 @@ def distillation_loss(
     shift: bool = True,  # as in `answer_logits`
     positions: str | torch.Tensor = "answer",  # as in `loss_terms`
     tokens: int | torch.Tensor | None = None,  # as in `loss_terms`
+    words: int | None = None,  # as in `loss_terms`
 ) -> torch.Tensor:  # scalar in nats
     """The RESSA loss, (1−λ)·CE + λ·T²·KL(teacher‖student) (arXiv 2404.02424).
 
@@ -332,5 +351,6 @@ def distillation_loss(
         shift=shift,
         positions=positions,
         tokens=tokens,
+        words=words,
     )
     return ressa_loss(task, divergence, weight)

@@ -25,6 +25,7 @@ from ressa.adaptation.distillation import (
     top_targets,
 )
 from ..data.collate import collate
+from ..data.prompts import tokenizer_key, tokenizer_of
 from ..devices import input_device, require_in_memory, to_device
 from ressa.models.inputs import (
     evaluation_mode,
@@ -49,8 +50,13 @@ def model_inputs(
 class ModelTeacher:
     "A dense model of its own; frozen and in evaluation mode from now on."
 
-    def __init__(self, model: nn.Module):
+    def __init__(
+        self,
+        model: nn.Module,
+        processor=None,  # its own: the trainer compares its tokenizer with the student's
+    ):
         self.model = model.eval().requires_grad_(False)
+        self.processor = processor
 
     def __call__(
         self,
@@ -284,7 +290,8 @@ def _ask(_, numbers, data, teacher, processor, k, temperature, positions):
         batch, labels, positions, causal=causal, pictures=pictures
     )
     logits = flat_logits(teacher(None, batch), labels)[distilled.flatten()]
-    targets = top_targets(logits, k, temperature)
+    # A table may be padded to more words than the tokenizer has; the student's may not.
+    targets = top_targets(logits, k, temperature, len(tokenizer_of(processor)))
     tokens = distilled.sum(1).tolist()
     log_p = targets.values.cpu().split(tokens)
     words = targets.words.cpu().split(tokens)
@@ -293,6 +300,7 @@ def _ask(_, numbers, data, teacher, processor, k, temperature, positions):
         "teacher_words": [part.numpy() for part in words],
         "teacher_temperature": [float(temperature)] * len(examples),
         "teacher_positions": [positions] * len(examples),
+        "teacher_tokenizer": [tokenizer_key(processor)] * len(examples),
     }
 
 # %% ../../nbs/reference/teachers.ipynb #1be1fa0c
@@ -306,7 +314,7 @@ def cache_targets(
     temperature: float = 1.0,  # T
     positions: str = "text",  # as in `RessaArguments`; "all" without padding
     batch_size: int = 64,  # examples that the teacher is asked at once
-) -> Dataset:  # the examples with four more columns
+) -> Dataset:  # the examples with five more columns
     """Ask the teacher about every example once, and keep its targets in a file.
 
     They cover the tokens of `positions`. Padding belongs to a batch and not to an

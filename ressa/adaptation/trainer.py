@@ -33,6 +33,7 @@ from ressa.adaptation.teachers import (
     distilled_tokens,
     model_inputs,
 )
+from ..data.prompts import tokenizer_key, tokenizer_of
 from ..devices import is_placed, require_in_memory
 from ..models.inputs import batch_rules, is_causal, picture_tokens
 
@@ -152,8 +153,14 @@ class RessaArguments(TrainingArguments):
         return min(super().n_gpu, 1)
 
 # %% ../../nbs/reference/trainer.ipynb #abcce36f
-def _check_targets(which, examples, args):
-    "Raises `ValueError` unless examples hold targets that fit the arguments."
+_OTHER_TOKENIZER = (
+    "the teacher has another tokenizer than the student, so the same number means "
+    "another word: take a teacher of the student's family"
+)
+
+
+def _check_targets(which, examples, args, processor):
+    "Raises `ValueError` unless examples hold targets that fit arguments and tokenizer."
     example = next(iter(examples))
     if "teacher_words" not in example:
         raise ValueError(
@@ -171,6 +178,9 @@ def _check_targets(which, examples, args):
         raise ValueError(
             f"temperature={args.temperature}, but targets were cached at {cached_at}"
         )
+    tokenizer = example.get("teacher_tokenizer")
+    if None not in (tokenizer, processor) and tokenizer != tokenizer_key(processor):
+        raise ValueError(_OTHER_TOKENIZER)
 
 
 def require_training_data(
@@ -178,6 +188,7 @@ def require_training_data(
     args: RessaArguments,
     train_dataset,  # examples to train on
     eval_dataset=None,  # examples whose loss is watched
+    processor=None,  # of the student; None: its tokenizer is not compared
 ) -> None:
     "Raises `ValueError` if teacher, arguments and examples do not fit each other."
     streamed = not hasattr(train_dataset, "__len__")
@@ -191,9 +202,9 @@ def require_training_data(
             "or set distill_weight=0 to learn from labels alone"
         )
     if isinstance(teacher, CachedTeacher):
-        _check_targets("training", train_dataset, args)
+        _check_targets("training", train_dataset, args, processor)
         if eval_dataset is not None:
-            _check_targets("held-out", eval_dataset, args)
+            _check_targets("held-out", eval_dataset, args, processor)
 
 # %% ../../nbs/reference/trainer.ipynb #3660d445
 class _MeansLogged(Trainer):
@@ -269,6 +280,7 @@ class _WithRessaLoss(_MeansLogged):
             shift=self.causal,
             positions=positions,
             tokens=step.tokens,
+            words=self.words,
         )
         if self.args.positions != "answer":
             # A mean over the batch's examples; the step's is the mean over its batches.
@@ -318,6 +330,34 @@ def _as_teacher(teacher, model, device):
     return teacher
 
 
+def _shared_words(teacher, model, processor):
+    """How many words two models share, or None if their vocabularies are equally large.
+
+    Raises `ValueError` if the teacher has another tokenizer.
+    """
+    pair = (teacher.processor, processor)
+    if None not in pair and tokenizer_key(pair[0]) != tokenizer_key(pair[1]):
+        raise ValueError(_OTHER_TOKENIZER)
+    marks = picture_tokens(teacher.model), picture_tokens(model)
+    if all(marks) and marks[0] != marks[1]:  # of models without processors, too
+        raise ValueError(f"{_OTHER_TOKENIZER} (pictures are {marks[0]} and {marks[1]})")
+    sizes = batch_rules(teacher.model).tokens, batch_rules(model).tokens
+    if None in sizes or sizes[0] == sizes[1]:
+        return None
+    if processor is None:
+        raise ValueError(
+            f"the teacher has {sizes[0]} words, and the student {sizes[1]}: pass the "
+            "processor, whose tokenizer says how many they share"
+        )
+    words = len(tokenizer_of(processor))
+    if words > min(sizes):
+        raise ValueError(
+            f"{_OTHER_TOKENIZER}: it has {sizes[0]} words, the student {sizes[1]}, and "
+            f"the tokenizer {words}"
+        )
+    return words
+
+
 def _collate_checked(examples, processor, causal, rules):
     "A batch of examples that fits the model. Raises `ValueError`."
     batch = collate_targets(examples, processor, causal)
@@ -352,13 +392,20 @@ class RessaTrainer(_WithRessaLoss):
                 "start a process for each GPU with torchrun"
             )
         require_training_data(
-            teacher, args, kwargs.get("train_dataset"), kwargs.get("eval_dataset")
+            teacher,
+            args,
+            kwargs.get("train_dataset"),
+            kwargs.get("eval_dataset"),
+            processor,
         )
         if is_placed(model):  # FSDP has placeholders of its own, and fills them
             require_in_memory(model, "RessaTrainer")
         self.causal = is_causal(model)
         self.pictures = picture_tokens(model)
         self.teacher = _as_teacher(teacher, model, args.device)
+        self.words = None  # of both vocabularies, if they are padded differently
+        if isinstance(self.teacher, ModelTeacher):
+            self.words = _shared_words(self.teacher, model, processor)
         if processor is not None and kwargs.get("data_collator") is None:
             collator = functools.partial(
                 _collate_checked,

@@ -179,9 +179,10 @@ def _what_it_saves(results):
     "What the zeros are good for, and what they are not."
     whole = sparsity_rows(results)[-1]
     text = f"""
-{whole[4]} of all {whole[3]} weights are zero. The file in this folder stores the zeros as
-numbers, so it is as large as the dense one. `ressa pack --model FOLDER --out packed`
-stores it without them, and `ressa unpack` makes an ordinary checkpoint again.
+{whole[4]} of all {whole[3]} weights are zero. The file in this folder stores the
+zeros as numbers, so it is as large as the dense one. `ressa pack --model FOLDER
+--out packed` stores it without them, and `ressa unpack` makes an ordinary checkpoint
+again.
 
 The model needs as much memory and time at run time as the dense one: no server runs
 unstructured sparsity faster today.

@@ -77,14 +77,14 @@ def difference_interval(
     and for equal differences, and else the paired bootstrap's. It is never empty.
     Raises `ValueError` for values outside [0, 1] and for rows of different length.
     """
-    first, second = _values_in(first, 1), _values_in(second, 1)
-    if len(first) != len(second):
+    ours, others = _values_in(first, 1), _values_in(second, 1)
+    if len(ours) != len(others):
         raise ValueError(
             "first and second must hold the same examples, not "
-            f"{len(first)} and {len(second)}"
+            f"{len(ours)} and {len(others)}"
         )
-    if len(first) < FEW or np.ptp(first - second) == 0:
-        low, high = _newcombe(first, second)
+    if len(ours) < FEW or np.ptp(ours - others) == 0:
+        low, high = _newcombe(ours, others)
     else:
-        low, high = paired_interval(first, second)
+        low, high = paired_interval(ours, others)
     return max(-1.0, low), min(1.0, high)

@@ -28,6 +28,7 @@ from ..data.hub_access import cache_alone_if_unreachable, is_hub_id
 from ..data.hub_errors import advice
 from ..data.prompts import tokenizer_of
 from ..devices import pick_device, pick_dtype
+from ..files import require_files
 from .bundled import BUNDLED, load_bundled
 from .weights import WeightError, load_whole
 
@@ -164,6 +165,8 @@ def _check_place(name):
 def _load_named(name, dtype, **options):
     "Load a folder of any kind, or a model of the hub."
     folder = Path(name)
+    if folder.is_dir():
+        require_files(folder)  # a pipe or a device would be read for ever
     for file, opener in OPENERS.items():
         if (folder / file).is_file():
             if options:

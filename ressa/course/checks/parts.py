@@ -132,7 +132,7 @@ def check_unread(
 def check_sparsity_needed(
     sparsity_needed,  # your function of (mmap, parts, share, parameters)
 ) -> None:
-    "Check the exercise *How much must each part give?* on maps with layers of random size."
+    "Check the exercise *How much must each part give?* on maps of random size."
     sizes = _random_sizes({part: 3 for part in PARTS})
     mmap = _map_of(sizes)
     weights = _weights_in(sizes)

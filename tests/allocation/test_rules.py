@@ -1,5 +1,6 @@
 """The rules of allocation on whole models: budgets, refusals, and what they measure."""
 
+import copy
 import functools
 import math
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_models import alone as odd_alone
+from odd_models import odd
 
 from ressa import (
     Statistics,
@@ -18,6 +21,7 @@ from ressa import (
     prune,
     uniform,
 )
+from ressa.allocation import rules
 from ressa.allocation.budgets import (
     achieved_sparsity,
     allocate,
@@ -27,10 +31,12 @@ from ressa.allocation.budgets import (
 )
 from ressa.allocation.rules import (
     calibration_loss,
+    loss_pieces,
     outlier_share,
     proportional_sparsity,
     random_slope,
 )
+from ressa.allocation.search import TrialModel, search
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +204,100 @@ def test_probing_each_layer_adds_up_the_slopes_of_a_block(ready):
     found = ecoflap(model, batch, 0.6, pieces=1, seed=5, probe="layer")
     assert found == pytest.approx(wanted)
     assert found != ecoflap(model, batch, 0.6, pieces=1, seed=5)
+
+
+# --- rows with several pictures or none, and layers that they do not reach
+
+OF_THREE_ROWS = ["DeepseekVL", "Glm4v", "Florence-2", "ViT and GPT-2"]
+RULES_ON_ROWS = {
+    "owl": owl,
+    "ecoflap": ecoflap,
+    "search": functools.partial(search, by="part", steps=4),
+}
+
+
+@pytest.mark.parametrize("name", OF_THREE_ROWS)
+def test_ecoflap_cuts_rows_out_with_their_pictures(name):
+    model, batch = odd(name)
+    pieces = loss_pieces(model, batch, 3)
+    assert [len(piece["labels"]) for piece in pieces] == [1, 1, 1]
+    for i, piece in enumerate(pieces):
+        alone = calibration_loss(model, odd_alone(batch, i))
+        assert calibration_loss(model, piece) == pytest.approx(alone, rel=1e-4)
+
+
+def test_rows_that_cannot_be_cut_out_have_their_own_labels():
+    "Pictures of different size, whose places are no share of the tokens."
+    model, batch = odd("Video-LLaVA")
+    pieces = loss_pieces(model, batch, 3)
+    for i, piece in enumerate(pieces):
+        labels = piece["labels"]
+        assert len(labels) == 3
+        assert [bool((row != -100).any()) for row in labels] == [
+            j == i for j in range(3)
+        ]
+        alone = calibration_loss(model, odd_alone(batch, i))
+        assert calibration_loss(model, piece) == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_wrong_cut_is_noticed_by_its_loss(monkeypatch):
+    model, batch = odd("DeepseekVL")
+    examples = rules.examples_between
+
+    def with_others_pictures(batch, start, end, token):
+        piece = examples(batch, start, end, token)
+        if "pixel_values" in piece:
+            piece["pixel_values"] = piece["pixel_values"] + 1.0
+        return piece
+
+    monkeypatch.setattr(rules, "examples_between", with_others_pictures)
+    assert [len(piece["labels"]) for piece in loss_pieces(model, batch, 3)] == [3, 3, 3]
+
+
+def test_rows_without_labels_drop_out():
+    model, batch = odd("DeepseekVL")
+    batch["labels"][1] = -100
+    assert len(loss_pieces(model, batch, 3)) == 2
+    batch["labels"][:] = -100
+    for rule in (ecoflap, RULES_ON_ROWS["search"]):
+        with pytest.raises(ValueError, match="all -100"):
+            rule(model, batch, 0.5)
+
+
+@pytest.mark.parametrize("rule", RULES_ON_ROWS)
+def test_layers_that_no_row_reaches_are_named_unless_they_are_set(rule):
+    model, batch = odd("DeepseekVL")
+    text_alone = odd_alone(batch, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=f"{rule} cannot judge 12 layers.*vision_model"
+    ):
+        RULES_ON_ROWS[rule](model, text_alone, 0.3)
+    found = RULES_ON_ROWS[rule](
+        model, text_alone, 0.3, fixed={"vision": 0.0}, max_sparsity=0.9
+    )
+    assert achieved_sparsity(found, shapes_of(model)) == pytest.approx(0.3, abs=5e-3)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_a_part_without_layers_is_an_error():
+    model, _ = odd("Donut")
+    with pytest.raises(ValueError, match="interface part has no linear layer"):
+        by_modality(model, interface=0.5)
+
+
+def test_a_search_has_the_loss_of_the_model_where_its_decoder_shifts_labels_again():
+    model, batch = odd("ViT and GPT-2")
+    trial = TrialModel(model, batch)
+    assert not trial.from_language_alone
+    assert trial.loss({}) == calibration_loss(model, batch)
+    assert TrialModel(*odd("DeepseekVL")).from_language_alone
+
+
+@pytest.mark.parametrize("rule", RULES_ON_ROWS)
+def test_modes_are_as_before(rule):
+    model, batch = odd("DeepseekVL")
+    model.train()
+    RULES_ON_ROWS[rule](model, batch, 0.3)
+    assert all(module.training for module in model.modules())

@@ -116,7 +116,7 @@ def before_language(
 # %% ../../nbs/reference/search.ipynb #341d49d3
 SAME_LOSS = 1e-2  # relative: 16-bit numbers are rounded; a shift is much more
 
-
+# %% ../../nbs/reference/search.ipynb #3b48e415
 class TrialModel:
     "A model that is pruned to one allocation after another, to compare their losses."
 

@@ -85,7 +85,7 @@ class DataOptions:
         choices=("letters", "texts"),
     )
 
-
+# %% ../../nbs/reference/command_options.ipynb #c9a8f196
 @dataclass
 class TrainOptions:
     "Which of its examples to calibrate and to train on."

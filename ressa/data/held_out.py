@@ -73,7 +73,7 @@ def _group_keys(keys):
         found.append(first)
     return found
 
-
+# %% ../../nbs/reference/held_out.ipynb #266aaa51
 HELD_OUT_SHARE = 1 / 5  # of the pictures
 _KEYS = 16**8  # the first eight digits of a key are a number below this
 

@@ -257,7 +257,7 @@ def _check_vocabularies(teacher_size, student_size, words):
             f"teacher and student both have, not {words}"
         )
 
-
+# %% ../../nbs/course/10_distillation.ipynb #b19cf418
 def loss_terms(
     student_logits: torch.Tensor,  # (examples, tokens, vocabulary)
     teacher: torch.Tensor | Targets | None,  # logits of the same shape, or targets

@@ -16,6 +16,13 @@ def add_options(
 ) -> None:
     "Describe the options of `ressa pack`."
     add_fields(parser, StoreOptions)
+    weights = parser.add_argument_group("weights")
+    weights.add_argument(
+        "--bits",
+        type=int,
+        choices=(8, 4),
+        help="round the kept values of pruned matrices (default: they stay exact)",
+    )
 
 
 def run(
@@ -25,6 +32,8 @@ def run(
     from ressa.checkpoints.sparse import pack
 
     model, out = stored_in(options, "packed")
-    sizes = pack(model, out)
+    bits = getattr(options, "bits", None)
+    sizes = pack(model, out, bits=bits)
     dense, packed = sizes["dense"] / 1e6, sizes["packed"] / 1e6
-    print(f"{dense:.2f} MB became {packed:.2f} MB: {out}")
+    rounded = "" if bits is None else f", kept weights in {bits} bits"
+    print(f"{dense:.2f} MB became {packed:.2f} MB{rounded}: {out}")

@@ -82,8 +82,10 @@ def test_what_grows_with_what(bundled_parts):
 
 def test_tokens_are_counted_in_a_batch(bundled_parts, data):
     model, _, processor = bundled_parts
-    text, pictures = load_of_batch(model, data[1].select(range(3)), processor)
-    assert text > 20 and pictures == 64  # a picture of 64×64 in patches of 8×8
+    found = load_of_batch(model, data[1].select(range(3)), processor)
+    # a picture of 64×64 in patches of 8×8, as floats
+    assert found["text_tokens"] > 20 and found["picture_tokens"] == 64
+    assert found["picture_bytes"] == 3 * 64 * 64 * 4
 
 
 def test_a_run_that_cannot_fit_is_refused(bundled_parts):

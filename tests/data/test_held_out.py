@@ -7,8 +7,10 @@ import pytest
 from datasets import Dataset
 from tiny_models import picture
 
+from ressa.cli import evaluate, repair
 from ressa.cli.app import parse
-from ressa.cli.main_job import load_tests, load_training, separate
+from ressa.cli.recipes import read_options
+from ressa.cli.run_data import load_tests, load_training, separate
 from ressa.data.columns import standard_examples
 from ressa.data.held_out import count_seen, hold_out, without_pictures_of
 
@@ -69,7 +71,13 @@ def test_another_question_about_a_picture_is_not_the_same_example():
 
 
 def options(folder, *more):
-    return parse(["repair", "--data", str(folder), *more])
+    parsed = parse(["repair", "--data", str(folder), *more])
+    return read_options(parsed, *repair.KEYS)
+
+
+def evaluation(folder, *more):
+    parsed = parse(["evaluate", "--data", str(folder), *more])
+    return read_options(parsed, *evaluate.KEYS)
 
 
 @pytest.fixture
@@ -103,10 +111,10 @@ def test_every_kind_of_source_with_one_split(tmp_path, suffix):
 
 
 def test_evaluation_alone_measures_the_held_out_pictures_or_what_was_named(train_only):
-    alone = parse(["evaluate", "--data", str(train_only)])
+    alone = evaluation(train_only)
     [test] = load_tests(alone, None)
     assert not keys_of(test) & keys_of(load_training(options(train_only), None))
-    named = parse(["evaluate", "--data", str(train_only), "--split", "train"])
+    named = evaluation(train_only, "--split", "train")
     assert len(load_tests(named, None)[0]) == 90
 
 

@@ -127,14 +127,30 @@ def text_outputs(notebook):
     return shown
 
 
+def with_new_prose(ran, now):
+    "The notebook as it is now on disk, with the outputs of the run; its code must be the same."
+    code = {cell.id: cell for cell in ran.cells if cell.cell_type == "code"}
+    for cell in now.cells:
+        if cell.cell_type != "code":
+            continue
+        if cell.id not in code or code.pop(cell.id).source != cell.source:
+            sys.exit("the code was edited while it ran: its outputs are not written")
+    if code:
+        sys.exit("a cell was removed while it ran: its outputs are not written")
+    outputs = {cell.id: cell for cell in ran.cells}
+    now.cells = [
+        outputs[cell.id] if cell.cell_type == "code" else cell for cell in now.cells
+    ]
+    now.metadata = ran.metadata
+    return now
+
+
 if __name__ == "__main__":
     names = [name for name in sys.argv[1:] if not name.startswith("--")]
     for path in PATHS:
         if names and not {path.stem, name_of(path)} & set(names):
             continue
         print(name_of(path), flush=True)
-        before = path.read_bytes()
         new = run(path, ("gpu",) if "--slow" in sys.argv else ("gpu", "slow"))
-        if path.read_bytes() != before:
-            sys.exit(f"{path} was edited while it ran: its outputs are not written")
+        new = with_new_prose(new, nbformat.read(path, 4))
         nbformat.write(new, path)

@@ -195,20 +195,23 @@ def require_files(
     """Raise `ValueError` unless a folder holds regular files and folders alone.
 
     JSON files must not be larger than `JSON_LIMIT`. Links count as what they lead to.
-    With `links_out=False` they must stay in the folder or in the hub's cache.
+    With `links_out=False` they must be of files in the folder or in the hub's cache.
     """
     folder = Path(folder)
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             path = Path(place, name)
-            if path.is_symlink() and not links_out and _leads_elsewhere(path, folder):
-                raise ValueError(
-                    f"{path}: is a link out of the folder: put the file itself there"
-                )
+            if not path.is_dir() and not path.is_file():
+                raise ValueError(f"{path}: is not a regular file: remove it")
+            if path.is_symlink() and not links_out:
+                # a link to a folder may lead in a circle
+                if path.is_dir() or _leads_elsewhere(path, folder):
+                    raise ValueError(
+                        f"{path}: is a link out of the folder or to a folder: put "
+                        "what it leads to there"
+                    )
             if path.is_dir():
                 continue
-            if not path.is_file():
-                raise ValueError(f"{path}: is not a regular file: remove it")
             if path.suffix == ".json" and path.stat().st_size > JSON_LIMIT:
                 raise ValueError(f"{path}: is larger than {JSON_LIMIT:,.0f} bytes")
 

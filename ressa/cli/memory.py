@@ -52,16 +52,19 @@ def load_of_batch(
     model: nn.Module,  # with or without weights
     examples,  # some examples; the longest of them counts
     processor,  # of the model
-) -> tuple[
-    int, int
-]:  # tokens of an example in the language part, and in the vision part
+) -> dict[str, int]:  # text_tokens, picture_tokens and picture_bytes of `Load`
     "Count the tokens of the longest of some examples."
-    text, pictures = 0, 0
+    found = {"text_tokens": 0, "picture_tokens": 0, "picture_bytes": 0}
     for example in examples:
         batch = collate([example], processor)
-        text = max(text, batch["input_ids"].shape[1])
-        pictures = max(pictures, _picture_tokens(model, batch))
-    return text, pictures
+        pixels = batch.get("pixel_values")
+        counts = {
+            "text_tokens": batch["input_ids"].shape[1],
+            "picture_tokens": _picture_tokens(model, batch),
+            "picture_bytes": getattr(pixels, "nbytes", 0),
+        }
+        found = {name: max(found[name], counts[name]) for name in found}
+    return found
 
 # %% ../../nbs/reference/command_memory.ipynb #d03166ed
 _ADAPTER_BYTES = 16  # float32: weight, gradient, and the two means of AdamW

@@ -316,7 +316,9 @@ def push_to_hub(
 
     Raises `ValueError` if the hub refuses it.
     """
-    files = {path.name: path for path in sorted((out / "model").iterdir())}
+    model = out / "model"
+    found = sorted(path for path in model.rglob("*") if path.is_file())
+    files = {path.relative_to(model).as_posix(): path for path in found}
     files |= {name: out / name for name in _BESIDE_THE_MODEL}
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)

@@ -134,7 +134,8 @@ def test_the_lines_with_a_chat_template_run(tmp_path, capsys):
 
 def finished(run, out):
     "The folder of a run with its card and recipe."
-    (out / "model").mkdir(parents=True)
+    (out / "model" / "qformer_tokenizer").mkdir(parents=True)
+    (out / "model" / "qformer_tokenizer" / "tokenizer.json").write_text("{}")
     (out / "model" / "config.json").write_text("{}")
     (out / "report.html").write_text("page")
     (out / "results.json").write_text("{}")
@@ -160,7 +161,8 @@ def test_upload_is_one_commit_of_everything(run, tmp_path, monkeypatch):
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     assert push_to_hub(out, {"hub_private_repo": True}) == "the page"
     assert asked == [("my-model", {"private": True, "exist_ok": True})]
-    names = ["README.md", "config.json", "recipe.yaml", "report.html", "results.json"]
+    model = ["README.md", "config.json", "qformer_tokenizer/tokenizer.json"]
+    names = [*model, "recipe.yaml", "report.html", "results.json"]
     assert commits == [("me/my-model", names)]
     push_to_hub(out, {"hub_model_id": "team/other"})
     assert asked[1][0] == "team/other"

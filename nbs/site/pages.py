@@ -48,6 +48,7 @@ REFERENCE_ORDER = {
         "methods",
         "mask_targets",
         "statistics",
+        "sparsegpt",
         "dsnot",
         "passes",
         "placement",
@@ -75,7 +76,7 @@ REFERENCE_ORDER = {
         "files",
         "progress",
     ],
-    "Command": [],  # whatever begins with `command`, and results and report
+    "Command": [],  # whatever begins with `command`, results, report, model_card
     "Course": ["page_style", "palette", "explorers", "checking", "studies", "bench"],
 }
 
@@ -87,7 +88,7 @@ def reference():
     for group, names in REFERENCE_ORDER.items():
         groups[group] = [paths.pop(name) for name in names if name in paths]
     command = [
-        name for name in paths if re.match("command|recipes|results|report", name)
+        name for name in paths if re.match("command|recipes|results|report|model_card", name)
     ]
     groups["Command"] += [paths.pop(name) for name in command]
     groups["Course"] += paths.values()

@@ -15,7 +15,9 @@ from ressa.models.inputs import (
     evaluation_mode,
     has_towers,
     is_causal,
+    is_text,
     model_batch,
+    picture_tokens,
     require_matching_batch,
 )
 from ressa.pruning.engine import prune
@@ -165,3 +167,28 @@ def test_modes_come_back_one_by_one():
         assert not any(module.training for module in model.modules())
         raise RuntimeError
     assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in tiny_models.TINY if name not in tiny_models.RETRIEVING]
+)
+def test_text_is_all_but_pictures_and_padding(name):
+    config, processor = tiny_models.TINY[name]()
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    causal = is_causal(model)
+    batch = collate(examples_for(processor), processor, causal=causal)
+    pictures = picture_tokens(model)
+    text = is_text(batch, pictures, causal=causal)
+    is_answer = batch["labels"] != IGNORED
+    if not causal:
+        assert torch.equal(text, is_answer)
+        return
+    assert text[is_answer].all()
+    ids = batch["input_ids"]
+    of_picture = sum((ids == token).sum() for token in pictures)
+    assert text.sum() + of_picture == batch["attention_mask"].sum()
+    assert (of_picture > 0) == (name != "BLIP")  # its pictures are beside the text
+    assert "what color is the shape" in processor.tokenizer.decode(ids[0][text[0]])
+    del batch["attention_mask"]  # of a collator that pads nothing
+    assert is_text(batch, pictures).sum() == ids.numel() - of_picture

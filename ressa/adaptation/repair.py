@@ -343,11 +343,13 @@ def _train_or_resume(trainer, folder):
     trainer._load_from_checkpoint(checkpoint)
 
 # %% ../../nbs/reference/repair.ipynb #70a628e1
-def _score(model, held_out, processor):
+def _score(model, held_out, processor, batch_size):
     "Score on the held-out examples, in [0, 1]; None where there are none."
     if held_out is None:
         return None
-    return evaluate(model, held_out, processor, progress=False).score
+    return evaluate(
+        model, held_out, processor, batch_size=batch_size, progress=False
+    ).score
 
 
 def _warn_of_harm(before, after):
@@ -482,7 +484,7 @@ def repair(
     with _checkpoint_folder(folder) as checkpoints:
         args = RessaArguments(str(checkpoints), **settings)
         require_training_data(teacher, args, data, watched)
-        before = _score(model, held_out, processor)
+        before = _score(model, held_out, processor, args.per_device_eval_batch_size)
         masks, device = zero_masks(model), input_device(model)
         if folder is not None:
             run = _run_of(model, data, teacher, watched, args, **ranks)
@@ -513,6 +515,9 @@ def repair(
         seconds=time.perf_counter() - start,
     )
     if held_out is not None:
-        report.held_out = before, _score(model, held_out, processor)
+        report.held_out = (
+            before,
+            _score(model, held_out, processor, args.per_device_eval_batch_size),
+        )
         _warn_of_harm(*report.held_out)
     return report

@@ -41,6 +41,12 @@ from ..models.inputs import batch_rules, is_causal, picture_tokens
 class _QuietProgress(ProgressCallback):
     "The trainer's progress bar, with the loss beside it and no printed lines."
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            name = f"{args.run_name}: " if args.run_name else ""
+            self.training_bar.set_description(f"{name}train")
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")

@@ -200,7 +200,7 @@ def _table_checksum(table):
     return zlib.crc32(json.dumps(table, sort_keys=True).encode())
 
 
-def _write_packed(folder, tensors, bits, max_shard_size):
+def _write_packed(folder, tensors, max_shard_size, bits=None):
     "Write the weights and `sparse.json`."
     way = _Way(packed=True, bits=bits)
     written = _write_shards(folder, "sparse", tensors, way, max_shard_size)
@@ -499,7 +499,7 @@ def save_sparse(
             model.generation_config.save_pretrained(part)
         if processor is not None:
             processor.save_pretrained(part)
-        _write_packed(part, tensors, bits, max_shard_size)
+        _write_packed(part, tensors, max_shard_size, bits)
 
 # %% ../../nbs/reference/sparse_checkpoints.ipynb #a83910d3
 def _model_class(config, folder):
@@ -670,7 +670,7 @@ def pack(
     tensors = ordinary_tensors(source)
     with whole_folder(folder) as part:
         _copy_other_files(source, part)
-        _write_packed(part, tensors, bits, max_shard_size)
+        _write_packed(part, tensors, max_shard_size, bits)
     files = folder.glob("sparse-*.safetensors")
     return {
         "dense": sum(_dense_bytes(tensor) for tensor in tensors.values()),

@@ -475,6 +475,7 @@ def _repair_options(plan, row):
     "The keyword arguments of `repair` for a row of the results."
     args = plan.args
     options: dict[str, Any] = _training_of(args)
+    options.setdefault("run_name", row)
     options.setdefault("disable_tqdm", bool(os.environ.get("TQDM_DISABLE")))
     has_length = options.get("max_steps", -1) > 0 or "num_train_epochs" in options
     has_batch = "per_device_train_batch_size" in options

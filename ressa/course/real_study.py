@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'WINDOWS', 'WINDOW', 'TEXTS', 'BATCH', 'PIECE', 'ANSWER', 'CALIBRATION', 'PAIRS', 'STEPS', 'EXAMPLES',
            'PAPER_WEIGHT', 'ROWS', 'METHODS_COMPARED', 'TARGETS', 'REPAIRED', 'EQUAL_SUMS', 'dense_model', 'pairs',
-           'study_windows', 'measured', 'text_pieces', 'Cost', 'Row', 'real_settings', 'real_run', 'run_real_study']
+           'study_windows', 'measured', 'text_pieces', 'Cost', 'pruned', 'Row', 'real_settings', 'real_run',
+           'run_real_study']
 
 # %% ../../nbs/studies/real_model.ipynb #a070255c
 import copy
@@ -16,7 +17,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
@@ -179,7 +179,11 @@ def _plain_pass(seed):
     return cost
 
 
-def _pruned(method, sparsity, seed):
+def pruned(
+    method: str,  # as in `prune`
+    sparsity: dict,  # part → target
+    seed: int,  # of the calibration examples
+) -> tuple[nn.Module, dict]:
     "The pruned model, and what pruning cost."
     plain = _plain_pass(seed)
     model = _copy_of_dense()
@@ -202,7 +206,7 @@ def _prune_run(method, sparsity, seed):
     "Prune the real model to a sparsity of each part, and measure it."
     if method == "dense":
         return measured(dense_model()[0])
-    model, cost = _pruned(method, sparsity, seed)
+    model, cost = pruned(method, sparsity, seed)
     return cost | measured(model)
 
 # %% ../../nbs/studies/real_model.ipynb #7929fd8e
@@ -241,7 +245,7 @@ ROWS = {
 def _repair_run(row, sparsity, rate, seed):
     "Prune by Wanda, repair one way, and measure."
     dense, processor = dense_model()
-    model, _ = _pruned("wanda", {"language": sparsity}, seed)
+    model, _ = pruned("wanda", {"language": sparsity}, seed)
     masks = zero_masks(model)
     data = pairs("train", PAIRS, seed)
     if ROWS[row].text:

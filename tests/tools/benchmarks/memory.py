@@ -1,4 +1,4 @@
-"""Peak memory of pruning a model of 200 million weights, on 8 examples and on 128, whole and in micro-batches.
+"""Peak memory of pruning a model of 200 million weights, in micro-batches, on 8 examples and on 128.
 
     python tests/tools/benchmarks/memory.py [--out nbs/results/prune_memory.json]
 
@@ -27,7 +27,6 @@ PATCHES, VISION_WIDTH, TEXT_WIDTH = 64, 768, 576  # of `big.make`
 FLOAT = 4  # bytes
 WAYS = {
     "nothing": None,
-    "whole": {},
     "micro_batch=4": {"micro_batch": 4, "recompute": "block"},
 }
 

@@ -242,7 +242,7 @@ ROWS = {
 }
 
 
-def _repair_run(row, sparsity, rate, seed):
+def _repair_run(row, sparsity, rate, seed, steps=STEPS):
     "Prune by Wanda, repair one way, and measure."
     dense, processor = dense_model()
     model, _ = pruned("wanda", {"language": sparsity}, seed)
@@ -258,7 +258,7 @@ def _repair_run(row, sparsity, rate, seed):
             data,
             processor,
             teacher=dense,
-            steps=STEPS,
+            steps=steps,
             batch_size=EXAMPLES,
             learning_rate=rate,
             r={"language": 8},

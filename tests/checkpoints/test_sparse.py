@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ from ressa.checkpoints.sparse import (
     unpack,
 )
 from ressa.files import whole_folder
+from ressa.models.load_model import load_model
 from ressa.pruning.scores import magnitude
 
 
@@ -302,6 +305,7 @@ def test_killed_in_the_middle(tmp_path):
 import os, signal, torch
 from ressa.checkpoints import sparse
 from ressa.files import whole_folder
+from ressa.models.load_model import load_model
 write = sparse._write_file
 files = []
 def killed_at_the_second(path, *args):
@@ -525,3 +529,127 @@ def test_no_file_holds_more_than_the_limit():
     tensors = {str(i): torch.ones(10) for i in range(7)}
     for limit, files in ((40, 7), (80, 4), (120, 3), (1e9, 1)):
         assert len(sparse._shards(tensors, limit)) == files
+
+
+# Files that are no files
+
+
+@pytest.fixture(scope="module")
+def folders_to_open(tmp_path_factory):
+    "A plain, a packed and an adapter folder of the bundled model."
+    from peft import LoraConfig, get_peft_model
+
+    from ressa.files import save_model
+    from ressa.models.bundled import BUNDLED, load_bundled
+
+    place = tmp_path_factory.mktemp("folders")
+    model, processor = load_bundled("cpu")
+    save_model(model, processor, place / "plain")
+    pack(place / "plain", place / "packed")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(BUNDLED)
+    adapted.save_pretrained(place / "adapter")
+    return place
+
+
+def make_pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def make_endless(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def make_socket(path):
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.fixture
+def soon():
+    "A call that waits for ever ends the test."
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+OPENED = {  # kind of folder → what opens it
+    "packed": [load_sparse, packed_tensors, unpack, load_model],
+    "plain": [ordinary_tensors, pack, load_model],
+    "adapter": [load_model],
+}
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_endless, make_socket])
+@pytest.mark.parametrize("kind", OPENED)
+def test_what_is_no_file_is_refused_at_once(
+    folders_to_open, monkeypatch, tmp_path, soon, kind, make
+):
+    own = tmp_path / "m"
+    shutil.copytree(folders_to_open / kind, own)
+    monkeypatch.chdir(own)  # the path of a socket must be short
+    for name in [file.name for file in own.iterdir() if file.is_file()]:
+        whole = (own / name).read_bytes()
+        make(Path(name))
+        for load in OPENED[kind]:
+            arguments = [tmp_path / "out"] if load in (pack, unpack) else []
+            with pytest.raises((ValueError, OSError)) as caught:
+                load(own, *arguments)
+            assert "not a regular file" in str(caught.value), (name, load)
+            assert not (tmp_path / "out").exists()
+        Path(name).unlink()
+        Path(name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("kind", ["packed", "plain"])
+def test_links_are_followed_in_the_cache_of_the_hub_alone(
+    folders_to_open, tmp_path, kind
+):
+    move = unpack if kind == "packed" else pack
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a password")
+    own = tmp_path / "own"
+    shutil.copytree(folders_to_open / kind, own)
+    (own / "notes.txt").symlink_to(secret)
+    with pytest.raises(ValueError, match="notes.txt: is a link out"):
+        move(own, tmp_path / "out")
+    (own / "notes.txt").unlink()
+    (own / "circle").symlink_to(own)
+    with pytest.raises(ValueError, match="circle: is a link .* to a folder"):
+        move(own, tmp_path / "out")
+
+    cache = tmp_path / "models--a--b"
+    snapshot = cache / "snapshots" / "0123"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    files = [file for file in (folders_to_open / kind).iterdir() if file.is_file()]
+    for number, file in enumerate(files):
+        shutil.copy(file, cache / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    move(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out" / "config.json").is_symlink()
+
+
+DAMAGES = {  # file of a packed folder → what it holds in place of its JSON
+    "config.json": [b"", b"[]", b"null", b'{"model_type": 3}', b"\xff" * 9],
+    "generation_config.json": [b"", b"[]", b"3", b'{"eos_token_id": "x"}', b"\xff"],
+    "tokenizer.json": [b"", b"[]", b"{}", b"\xff"],
+    "tokenizer_config.json": [b"", b"[]", b'"text"', b"\xff"],
+    "processor_config.json": [b"", b"[]", b'{"image_processor": 3}', b"\xff"],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_load_sparse_raises_what_it_promises(folders_to_open, tmp_path, name):
+    own = tmp_path / "own"
+    shutil.copytree(folders_to_open / "packed", own)
+    for content in DAMAGES[name]:
+        (own / name).write_bytes(content)
+        try:
+            load_sparse(own)
+        except (ValueError, OSError) as error:
+            assert str(error), content

@@ -343,3 +343,79 @@ def test_cached_targets_know_every_part_of_the_images(data):
 
         mixed = _fingerprint(Mixed(), None, 4, 1.0, "text")
         assert mixed != _fingerprint(examples, None, 4, 1.0, "text"), i
+
+
+# Vocabularies of other sizes
+
+
+def padded_copy(model, words):
+    "The same model with a larger table of words; the new ones are likely everywhere."
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(words, mean_resizing=False)
+    head = larger.get_output_embeddings().weight.data
+    known = model.get_output_embeddings().weight.shape[0]
+    head[known:] = 2 * head[:known].mean(0)
+    return larger
+
+
+def first_line(trainer_of, case, teacher, student, **arguments):
+    "The log of the first step."
+    trainer = trainer_of(
+        teacher,
+        model=copy.deepcopy(student),
+        max_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=8,
+        **arguments,
+    )
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("positions", ["answer", "text"])
+def test_a_vocabulary_may_be_padded_in_teacher_or_student(case, trainer_of, positions):
+    "The words of the tokenizer alone are compared."
+    same = first_line(trainer_of, case, case.dense, case.pruned, positions=positions)[
+        "distillation_loss"
+    ]
+    larger = padded_copy(case.dense, 64)
+    found = first_line(trainer_of, case, larger, case.pruned, positions=positions)
+    assert found["distillation_loss"] == pytest.approx(same, rel=1e-5)
+    student = padded_copy(case.pruned, 50)
+    found = first_line(trainer_of, case, larger, student, positions=positions)
+    assert found["distillation_loss"] == pytest.approx(same, rel=1e-5)
+    assert same > 1e-4
+
+
+def test_cached_targets_list_no_word_that_pads_a_vocabulary(
+    case, examples, trainer_of, tmp_path
+):
+    larger = padded_copy(case.dense, 64)
+    cached = cache_targets(larger, examples, case.processor, tmp_path / "a.arrow")
+    words = len(case.processor.tokenizer)
+    assert max(map(np.max, cached["teacher_words"])) < words < 64
+    line = first_line(trainer_of, case, CachedTeacher(), case.pruned, train=cached)
+    assert line["distillation_loss"] > 0
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(
+    case, examples, trainer_of, tmp_path
+):
+    other = copy.deepcopy(case.processor)
+    other.tokenizer.add_tokens(["zebra"])
+    message = "another tokenizer than the student"
+    cached = cache_targets(case.dense, examples, other, tmp_path / "a.arrow")
+    other_mark = copy.deepcopy(case.dense)
+    other_mark.config.image_token_index = 5
+    smaller = copy.deepcopy(case.dense)
+    smaller.resize_token_embeddings(41)
+    for teacher, train, more in (
+        (CachedTeacher(), cached, ""),
+        (ModelTeacher(case.dense, other), None, ""),
+        (other_mark, None, r".*pictures are \[5\]"),
+        (smaller, None, ".*it has 41 words"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}{more}"):
+            trainer_of(teacher, model=copy.deepcopy(case.pruned), train=train)
+    fits = ModelTeacher(case.dense, copy.deepcopy(case.processor))
+    assert trainer_of(fits).words is None

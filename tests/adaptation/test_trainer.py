@@ -240,12 +240,13 @@ def test_three_teachers_say_the_same(case, trainer_of, tmp_path):
         case.processor,
         tmp_path / "targets.arrow",
         k=10**6,
+        positions="text",  # "all" would leave out padding, unlike the other two
     )
     students = [copy.deepcopy(case.pruned) for _ in range(3)]
     teachers = case.dense, SelfTeacher(case.dense, students[1]), CachedTeacher()
     found = []
     for student, teacher in zip(students, teachers):
-        trainer = trainer_of(teacher, student, train=examples)
+        trainer = trainer_of(teacher, student, train=examples, positions="text")
         batch = trainer.data_collator(list(examples))
         loss = trainer.compute_loss(trainer.model.train(), dict(batch))
         loss.backward()
@@ -267,7 +268,7 @@ def test_teachers_that_do_not_fit_are_refused(case, trainer_of, tmp_path):
         ("training examples hold no targets", dict(train=train)),
         ("held-out examples hold no targets", dict(held_out=train)),
         ("targets were cached at 1.0", dict(temperature=2.0)),
-        ("targets were cached for 'text'", dict(positions="all")),
+        ("targets were cached for 'all'", dict(positions="text")),
         ("no training examples", dict(train=train.select([]))),
     ]
     for message, settings in wrong:

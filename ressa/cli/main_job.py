@@ -28,6 +28,8 @@ from ..adaptation.sparse_lora import DEFAULT_RANKS
 from ..adaptation.teachers import CachedTeacher, SelfTeacher, cache_targets
 from ..adaptation.trainer import PRESETS, RessaArguments
 from ..allocation.rules import ecoflap, owl
+
+# %% ../../nbs/reference/command_main_job.ipynb #new
 from ressa.cli.memory import (
     Load,
     TooLittleMemory,

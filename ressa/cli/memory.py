@@ -242,8 +242,9 @@ def require_memory(
     "Raise `TooLittleMemory`, with advice, if a run cannot fit."
     if available is None or need.peak <= available:
         return
+    what_helps = "; ".join(hints) or "a smaller model"
     raise TooLittleMemory(
         f"the run needs {short_size(need.peak)} by formula, and {device} has "
-        f"{short_size(available)} free. What helps: {'; '.join(hints) or 'a smaller model'}"
-        ". To start nevertheless: --ignore-memory"
+        f"{short_size(available)} free. What helps: {what_helps}. "
+        "To start nevertheless: --ignore-memory"
     )

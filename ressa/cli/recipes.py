@@ -139,7 +139,7 @@ def read_recipe(
     """
     path = _path_of(name)
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"recipe {path}: it is not YAML: {reason}") from error

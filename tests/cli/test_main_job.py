@@ -168,6 +168,7 @@ def test_every_option_of_a_run_is_read(tmp_path):
     assert own - read == set()
 
 
+@pytest.mark.slow
 def test_out_of_memory_ends_in_advice(tmp_path, monkeypatch):
     from ressa.cli.memory import TooLittleMemory
 
@@ -180,6 +181,7 @@ def test_out_of_memory_ends_in_advice(tmp_path, monkeypatch):
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(main_job, "available_bytes", lambda *a, **more: 10**6)
     monkeypatch.setattr(main_job, "load_model", None)

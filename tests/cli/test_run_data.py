@@ -17,6 +17,7 @@ EASY = dict(data="easy-vqa", split=None, limit=None, train_split="train")
 EASY |= dict(train_limit=None, config=None, columns=None)
 
 
+@pytest.mark.slow
 def test_tests_and_training_of_easy_vqa(bundled):
     _, processor = bundled
     args = Namespace(**EASY | {"limit": 7})
@@ -29,6 +30,7 @@ def test_tests_and_training_of_easy_vqa(bundled):
     assert prompt.startswith("Question: ") and prompt.endswith(" Short answer:")
 
 
+@pytest.mark.slow
 def test_parts_of_easy_vqa_are_obeyed(bundled):
     _, processor = bundled
     args = Namespace(**EASY | {"split": "test[:50]", "train_split": "train[:90]"})

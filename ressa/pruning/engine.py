@@ -669,8 +669,7 @@ def prune_layers(
     dense_statistics: bool = False,  # measure all layers on the dense model
     exact: bool = False,  # right to one weight of a layer, not rounded in each row
     groups: Mapping[str, str] | None = None,  # name → compare within "row" or "layer"
-    keep_dense: bool
-    | None = None,  # copies, to undo a failure; None: if they are small
+    keep_dense: bool | None = None,  # to undo a failure; None: if memory is ample
     progress: bool | str = True,  # show a progress bar; a text: the model's name
     **options,  # passed to the method
 ) -> PruneReport:

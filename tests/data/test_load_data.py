@@ -191,3 +191,25 @@ def test_errors_of_the_hub_are_one_line(monkeypatch, error, what_to_do):
         load_data("x/y", "validation")
     assert len(str(caught.value).splitlines()) == 1
     assert "x/y" in str(caught.value)
+
+
+# --- CSV files of the hub
+
+
+def test_csv_files_elsewhere_are_read_without_guessing(tmp_path, monkeypatch):
+    "As on the hub: the builder names addresses, and the files are fetched as needed."
+    from datasets.packaged_modules.csv.csv import Csv
+
+    picture(12, 14).save(tmp_path / "a.png")
+    image = tmp_path / "a.png"
+    for number in range(2):
+        lines = f"image;question;answer\n{image};how many?;00{number}\n"
+        (tmp_path / f"part{number}.csv").write_text(lines)
+    (tmp_path / "part2.csv").write_text("no table at all;\na\n")  # is never read
+    addresses = [f"file://{tmp_path}/part{number}.csv" for number in range(3)]
+    builder = Csv(data_files={"train": addresses}, sep=";", cache_dir=tmp_path / "c")
+    monkeypatch.setattr(load_data_module, "load_dataset_builder", lambda *_: builder)
+    data = load_data_module._read_named("x/y", None, "train", 2)
+    assert data["answer"][:] == ["000", "001"]
+    with pytest.raises(ValueError, match="line 2: has 1 cells"):
+        load_data_module._read_named("x/y", None, "train", None)

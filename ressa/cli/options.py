@@ -288,7 +288,7 @@ DEFAULT_SPARSITY = 0.8
 
 
 def pruning_target(
-    options: PruneOptions,
+    options: PruneOptions,  # or any object with its fields
 ) -> dict:  # {"pattern": …} or {"sparsity": {part: …}}
     """The target of pruning, as keyword arguments of `prune`.
 
@@ -319,7 +319,7 @@ RIVALS = {  # name → what it changes in the repair: the adapter, or the teache
 
 
 def rivals_of(
-    options: RepairOptions,
+    options: RepairOptions,  # or any object with `compare`
 ) -> list[str]:  # names in `RIVALS`
     "The rivals that `--compare` names. Raises `ValueError` for an unknown one."
     names = re.split(r"[,\s]+", (options.compare or "").strip(", "))

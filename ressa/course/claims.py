@@ -19,7 +19,7 @@ from ..files import read_json
 # %% ../../nbs/studies/claims.ipynb #83b10617
 NEARLY = -0.01  # by so much may be lost where a claim says "nearly"
 HOLDS, FAILS = "holds", "does not hold"
-OPEN, UNTESTED = "not decided", "cannot be tested here"
+OPEN, UNTESTED = "not decided", "not tested here"
 
 
 class Difference(NamedTuple):

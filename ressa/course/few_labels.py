@@ -425,7 +425,7 @@ def few_pairs_runs() -> list[dict]:
                 runs.append(setting_of(loss, pairs=pairs, seed=seed))
         for pairs in PAIRS:
             unlabelled = dict(unlabelled=FRESH_PICTURES)
-            runs.append(setting_of(TEXT, pairs=pairs, seed=seed, **unlabelled))
+            runs.append(setting_of(EVERYWHERE, pairs=pairs, seed=seed, **unlabelled))
         for adapter, rate in RIVAL_RATES.items():
             for pairs in PAIRS:
                 rival = dict(adapter=adapter, pairs=pairs, seed=seed)
@@ -446,14 +446,14 @@ def best_setting(
     pruner: str,  # a key of `PRUNERS`
     sparsity: str,  # one of `SPARSITIES`
     *,
-    repaired: bool,  # with the teacher on the text, from all labelled pairs
+    repaired: bool,  # with the teacher everywhere, from all labelled pairs
     seed: int = 0,
 ) -> dict:  # what `few_labels_run` takes
     "One run of the comparison of sparse models."
     allocation, method = PRUNERS[pruner]
     pruned = dict(target=f"{allocation}{sparsity}", method=method, pairs=None)
     if repaired:
-        return setting_of(TEXT, seed=seed, **pruned)
+        return setting_of(EVERYWHERE, seed=seed, **pruned)
     return pruned | dict(steps=0, seed=seed)
 
 

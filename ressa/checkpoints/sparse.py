@@ -482,8 +482,8 @@ def save_sparse(
     """Store a model without its zeros, one tensor at a time.
 
     It is exact to the bit, but with `bits` the kept values of each pruned matrix are
-    rounded, see `quantize`. Raises `ValueError` for other bits, if the folder is not empty or cannot be written, and if the
-    model is quantized or still has adapters.
+    rounded, see `quantize`. Raises `ValueError` for other bits, if the folder is not
+    empty or cannot be written, and if the model is quantized or still has adapters.
     """
     if bits is not None:
         require_bits(bits)

@@ -688,6 +688,7 @@ def _finish(plan, done):
     write_products(plan.out, results, plan.processor)
     write_json(plan.out / "results.json", results, indent=1)
     shutil.rmtree(plan.out / "checkpoints", ignore_errors=True)
-    for leftover in ("steps.json", "examples.arrow", "held_out.arrow"):
-        (plan.out / leftover).unlink(missing_ok=True)
+    # targets of the teacher, and what `datasets` has cached beside them
+    for leftover in (plan.out / "steps.json", *plan.out.glob("*.arrow")):
+        leftover.unlink(missing_ok=True)
     return results

@@ -157,6 +157,11 @@ def _equal_first(total, *languages):
     ]
 
 
+def _equal_first_unrepaired(total, *languages):
+    equal = {"vision": total / 2, "language": total / 2}
+    return [(equal, both) for both in _sparsities(total, *languages)]
+
+
 def _real_prune(sparsity):
     return {"kind": "prune", "method": "wanda", "sparsity": sparsity}
 
@@ -170,11 +175,6 @@ def _real_repair(row, sparsity, rate=1e-3):
     return {"kind": "repair", "row": row, "sparsity": sparsity, "rate": rate}
 
 # %% ../../nbs/studies/claims.ipynb #124fe45e
-def _equal_first_unrepaired(total, *languages):
-    equal = {"vision": total / 2, "language": total / 2}
-    return [(equal, both) for both in _sparsities(total, *languages)]
-
-
 def _about_sparsity(bundled, unrepaired, real):
     "Claims on which part may lose how much."
     both = {"vision": 0.4, "language": 0.4}
@@ -222,7 +222,7 @@ def _about_sparsity(bundled, unrepaired, real):
         ),
     ]
 
-
+# %% ../../nbs/studies/claims.ipynb #b4dfd468
 def _about_repair(bundled, real):
     "Claims on what is trained, and by which loss."
     at_80 = {"row": "RESSA", "target": "0.8"}
@@ -268,7 +268,7 @@ def _about_repair(bundled, real):
         ),
     ]
 
-
+# %% ../../nbs/studies/claims.ipynb #75fa591e
 def _about_gains(bundled, real):
     "Claims on how much is won back."
 
@@ -299,7 +299,7 @@ def _about_gains(bundled, real):
         for name, (target, real_target, paper) in gains.items()
     ]
 
-
+# %% ../../nbs/studies/claims.ipynb #bc55a4e9
 def claims(
     folder: str | Path = RESULTS,  # with the stored results
 ) -> list[Claim]:

@@ -45,6 +45,8 @@ MEANT = {  # number or text → why a function takes it
     ("nth_question", "number"): "counted from the end, as in a list",
     ("per_layer", "setting"): "ranks too",
     ("target_keywords", "target"): "checked where a weight is",
+    ("take_examples", "start"): "as a slice",
+    ("take_examples", "end"): "as a slice",
     ("examples_between", "start"): "as a slice",
     ("examples_between", "end"): "as a slice",
     ("validate_target", "in_features"): "a width that a weight has",

@@ -169,7 +169,7 @@ def _one_pass(data, examples_a_step):
 
 
 def _chosen(model, data, preset, accumulated, given):
-    "Steps, batch size, rate, ranks and alpha: as the call, the preset, the default say."
+    "Steps, batch size, rate, ranks, alpha: as the call, preset or default says."
     require_preset(preset)
     chosen = dict(
         steps=DEFAULT_STEPS,
@@ -193,7 +193,7 @@ def _chosen(model, data, preset, accumulated, given):
         )
     return chosen
 
-
+# %% ../../nbs/reference/repair.ipynb #new
 def _default_arguments(model, steps, batch_size, folder, patience, preset):
     "A cosine schedule, twenty lines of log, one checkpoint kept, and early stopping."
     defaults = dict(

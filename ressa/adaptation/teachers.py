@@ -53,7 +53,7 @@ class ModelTeacher:
     def __init__(
         self,
         model: nn.Module,
-        processor=None,  # its own: the trainer compares its tokenizer with the student's
+        processor=None,  # its own: its tokenizer is compared with the student's
     ):
         self.model = model.eval().requires_grad_(False)
         self.processor = processor

@@ -372,6 +372,7 @@ def plan_of(
     _arguments_of(args, Path(args.out) / "checkpoints")
     dtype = dtype_of(args)
     load = _load_of(args, dtype, empty, examples, processor, targets)
+    examples, held_out = _watched(args, examples)
     return RunPlan(
         args,
         device,
@@ -381,7 +382,8 @@ def plan_of(
         targets,
         processor,
         tests,
-        *_watched(args, examples),
+        examples,
+        held_out,
         seen,
         load,
     )

@@ -268,7 +268,7 @@ def add_key(
 
 def add_fields(
     parser: argparse.ArgumentParser,  # of a command
-    *classes: type,  # dataclasses of options
+    *classes: Any,  # dataclasses of options
 ) -> None:
     "Describe dataclasses of options, each in a section of its own."
     for options_class in classes:
@@ -288,7 +288,7 @@ DEFAULT_SPARSITY = 0.8
 
 
 def pruning_target(
-    options: PruneOptions,  # or any object with its fields
+    options: PruneOptions | argparse.Namespace,  # with the fields of PruneOptions
 ) -> dict:  # {"pattern": …} or {"sparsity": {part: …}}
     """The target of pruning, as keyword arguments of `prune`.
 

@@ -41,10 +41,9 @@ def run(
     "Prune a model and save it, with a report of each layer."
     from pathlib import Path
 
-    from ressa.cli.run_data import draw_calibration, load_training, require_calibration
-
     from ressa.cli.main_job import dtype_of, open_out, pruned, settings_of
     from ressa.cli.options import pruning_target
+    from ressa.cli.run_data import draw_calibration, load_training, require_calibration
     from ressa.files import save_model, write_json
     from ressa.models.load_model import load_empty, load_model
     from ressa.parts import modality_map

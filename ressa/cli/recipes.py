@@ -119,7 +119,14 @@ def _guessed(value):
 
 # %% ../../nbs/reference/command_recipes.ipynb #ad0fe515
 class _Loader(yaml.BaseLoader):
-    "Reads every value as text, and refuses a key that comes twice."
+    """Reads every value as text. Refuses a key that comes twice, and names for parts
+    of the file: a few lines of them can stand for more than fits into memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            name = self.peek_event().anchor
+            raise yaml.YAMLError(f"*{name}: write out what it stands for")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -140,7 +147,7 @@ def read_recipe(
     path = _path_of(name)
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"recipe {path}: it is not YAML: {reason}") from error
     if found in (None, ""):
@@ -325,7 +332,7 @@ def _lines(title, about, given):
 
 def written(
     given: Mapping[str, Any],  # from `given_keys`
-    *classes: type,  # dataclasses of options
+    *classes: Any,  # dataclasses of options
     all_keys: bool = False,  # of the training, not only the common ones
 ) -> str:
     "A recipe with all its keys, each under a line that says what it is."

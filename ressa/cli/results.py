@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -168,13 +168,13 @@ def measure(
     processor,  # the processor of the model
     *,
     batch_size: int = 256,  # examples that are answered at once
-    progress: bool = True,  # show a progress bar
+    progress: bool | str = True,  # show a bar; a text: the name that stands before it
 ) -> dict:  # plain values
     """How good a model is, by type of question, and its answers.
 
     Raises `ValueError` if a data set is empty.
     """
-    options = {"batch_size": batch_size, "progress": progress}
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if len(tests) == 2:
         return _measure_easy_vqa(model, tests, processor, **options)
     result = evaluate(

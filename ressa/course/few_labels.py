@@ -17,7 +17,7 @@ import io
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset, Image
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from ..adaptation.adapters import zero_masks, zeros_filled
 from ..adaptation.repair import repair
@@ -112,7 +113,8 @@ def encode_examples(
     size: int = 256,  # examples at once
 ) -> Encoded:
     "Encode examples, and ask the dense model about each."
-    pieces, pixels = [], {}
+    pieces: list[dict] = []
+    pixels: dict[int, torch.Tensor] = {}  # picture → its values
     for start in range(0, len(data), size):
         rows = [data[i] for i in range(start, min(start + size, len(data)))]
         batch = collate(rows, processor)
@@ -125,10 +127,10 @@ def encode_examples(
     stacked = torch.stack(list(pixels.values()))
     logits = []
     for start in range(0, len(data), size):
-        rows = slice(start, start + size)
-        batch = {name: value[rows] for name, value in inputs.items()}
+        part = slice(start, start + size)
+        batch = {name: value[part] for name, value in inputs.items()}
         del batch["labels"]
-        batch["pixel_values"] = stacked[picture_of[rows]]
+        batch["pixel_values"] = stacked[picture_of[part]]
         logits.append(model(**batch).logits)
     return Encoded(inputs, stacked, picture_of, torch.cat(logits))
 
@@ -166,7 +168,7 @@ def fresh_pictures(
 
 
 def pixel_hash(
-    picture: PIL.Image.Image,
+    picture: PIL.Image.Image,  # of any mode
 ) -> str:
     "Name a picture by its pixels."
     return hashlib.sha1(np.asarray(picture.convert("RGB")).tobytes()).hexdigest()
@@ -181,7 +183,7 @@ def known_hashes(
     mirrored, and its test pictures.
     """
     generator = torch.Generator().manual_seed(0)
-    known = set()
+    known: set[str] = set()
     for _ in range(batches):
         images, _, _ = draw_shapes(128, generator)
         known.update(pixel_hash(picture) for picture in _as_pictures(images))
@@ -279,7 +281,7 @@ def judged_batches(
 
 
 def judged(
-    model: nn.Module,
+    model: PreTrainedModel,  # with a `vision_model`
     which: str,  # a key of `JUDGED`
 ) -> np.ndarray:  # (examples,) 1 where the answer is right, word for word
     "Which of the fixed examples a model answers."
@@ -291,7 +293,7 @@ def pruned_for(
     target: str,  # "0.8", "2:4", "search 0.8": an allocation and a sparsity
     method: str,  # as in `prune`
     labelled: list[int],  # calibrate on the first 128 of these training examples
-) -> nn.Module:
+) -> PreTrainedModel:
     "The bundled model, pruned with the labelled pairs as calibration examples."
     model, _ = load_bundled("cpu")
     batch = training_pairs().batch(labelled[:128])
@@ -302,8 +304,10 @@ def pruned_for(
         return model
     sparsity = float(number)
     if allocation:
-        sparsity = named_allocation(allocation, model, batch, sparsity)
-    prune(model, batch, method, sparsity=sparsity, progress=False)
+        shares = named_allocation(allocation, model, batch, sparsity)
+        prune(model, batch, method, sparsity=shares, progress=False)
+    else:
+        prune(model, batch, method, sparsity=sparsity, progress=False)
     return model
 
 
@@ -346,7 +350,7 @@ def few_labels_run(
     if steps:
         settings["steps"] = steps
         model = _trained(model, labelled, unlabelled, seed, settings)
-    found = {
+    found: dict[str, Any] = {
         "seconds": round(time.perf_counter() - start, 1),
         "zeros_filled": zeros_filled(masks, model),
     }
@@ -386,9 +390,10 @@ TRIED_RATES = {  # adapter → learning rates tried with the teacher on the text
     "hira": (3e-2,),
 }
 RIVAL_RATES = {"lora": 2e-3, "hira": 3e-2}  # the best of these
-HELD_OUT = dict(pairs=256, seed=100, held_out=True)  # where weights and rates are tried
+# where weights and rates are tried
+HELD_OUT: dict[str, Any] = dict(pairs=256, seed=100, held_out=True)
 
-
+# %% ../../nbs/studies/few_labels.ipynb #new
 def setting_of(
     loss: Loss,
     learning_rate: float | None = None,  # None: as in `RATES`
@@ -397,7 +402,7 @@ def setting_of(
     **more,  # of `few_labels_run`
 ) -> dict:  # what `few_labels_run` takes
     "One run of the study, 80 % pruned by Wanda unless it says otherwise."
-    usual = dict(target="0.8", method="wanda", steps=100)
+    usual: dict[str, Any] = dict(target="0.8", method="wanda", steps=100)
     rate = RATES[loss.positions] if learning_rate is None else learning_rate
     return usual | dict(adapter=adapter, learning_rate=rate) | loss._asdict() | more
 
@@ -424,11 +429,11 @@ def few_pairs_runs() -> list[dict]:
             for loss in LOSSES.values():
                 runs.append(setting_of(loss, pairs=pairs, seed=seed))
         for pairs in PAIRS:
-            unlabelled = dict(unlabelled=FRESH_PICTURES)
-            runs.append(setting_of(EVERYWHERE, pairs=pairs, seed=seed, **unlabelled))
+            drawn: dict[str, Any] = dict(unlabelled=FRESH_PICTURES)
+            runs.append(setting_of(EVERYWHERE, pairs=pairs, seed=seed, **drawn))
         for adapter, rate in RIVAL_RATES.items():
             for pairs in PAIRS:
-                rival = dict(adapter=adapter, pairs=pairs, seed=seed)
+                rival: dict[str, Any] = dict(adapter=adapter, pairs=pairs, seed=seed)
                 runs.append(setting_of(TEXT, rate, **rival))
     return runs
 
@@ -451,7 +456,8 @@ def best_setting(
 ) -> dict:  # what `few_labels_run` takes
     "One run of the comparison of sparse models."
     allocation, method = PRUNERS[pruner]
-    pruned = dict(target=f"{allocation}{sparsity}", method=method, pairs=None)
+    target = f"{allocation}{sparsity}"
+    pruned: dict[str, Any] = dict(target=target, method=method, pairs=None)
     if repaired:
         return setting_of(EVERYWHERE, seed=seed, **pruned)
     return pruned | dict(steps=0, seed=seed)

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -314,7 +315,7 @@ def real_run(
     **setting,  # of that kind, see `real_settings`
 ) -> dict:  # plain values
     "Make one run. Raises `ValueError` for another kind."
-    runs = {"prune": _prune_run, "repair": _repair_run}
+    runs: dict[str, Callable[..., dict]] = {"prune": _prune_run, "repair": _repair_run}
     if kind not in runs:
         raise ValueError(f"kind must be one of {list(runs)}, not {kind!r}")
     return runs[kind](**setting)

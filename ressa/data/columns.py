@@ -405,7 +405,7 @@ def _question_texts(data, found, processor):
         "image_id": _image_names(data, found),
     }
 
-# %% ../../nbs/reference/columns.ipynb #new
+# %% ../../nbs/reference/columns.ipynb #5d3ca2cc
 def _choice_texts(data, found, processor, choices):
     "All columns of examples with multiple choice but the image."
     if choices not in ("letters", "texts"):

@@ -303,6 +303,29 @@ def _text_of(turn):
     "The text of a turn without its pictures."
     return "".join(part["text"] for part in turn["content"] if part["type"] == "text")
 
+# %% ../../nbs/reference/conversations.ipynb #9617eb06
+def _places(prompt, pieces, answers, form):
+    "Where answers stand in a prompt that has these pieces around them."
+    joined = pieces[0]
+    for answer, piece in zip(answers, pieces[1:]):
+        joined += answer + piece
+    if len(pieces) != len(answers) + 1 or joined != prompt:
+        raise ValueError(
+            "the chat template of the model does not write each earlier answer as it "
+            "is, so it cannot be told which tokens are the model's: load the data with "
+            "turns='apart'"
+        )
+    closing = form.after + (form.end or "")
+    places = []
+    start = len(pieces[0])
+    for answer, before, behind in zip(answers, pieces, pieces[1:]):
+        end = start + len(answer)
+        written_before = form.before if before.endswith(form.before) else ""
+        written_behind = closing if behind.startswith(closing) else ""
+        places.append((start - len(written_before), end + len(written_behind)))
+        start = end + len(behind)
+    return places
+
 # %% ../../nbs/reference/conversations.ipynb #98389657
 class ConversationWriter:
     """Writes conversations in the chat template of a processor, or as plain text.
@@ -322,11 +345,9 @@ class ConversationWriter:
         # only the processors of the BLIP family count query tokens
         self.is_blip = processor is None or hasattr(processor, "num_query_tokens")
         self.reserved = reserved_tokens(processor)
-        self.form = None
-        if processor is not None:
-            self.form = answer_form(processor)
-            if self.form.end:
-                self.reserved.append(self.form.end)
+        self.form = None if processor is None else answer_form(processor)
+        if self.form is not None and self.form.end:
+            self.reserved.append(self.form.end)
 
     def __call__(
         self,
@@ -360,34 +381,11 @@ class ConversationWriter:
                 for turn in turns
             ]
             text = render_turns(marked, self.processor, generation=True)
-            earlier = self._places(prompt, text.split(_NO_LETTER), answers)
+            pieces = text.split(_NO_LETTER)
+            earlier = _places(prompt, pieces, answers, self.form)
         shorter = without_bos(prompt, tokenizer_of(self.processor))
         cut = len(prompt) - len(shorter)
         return shorter, [(start - cut, end - cut) for start, end in earlier]
-
-    def _places(self, prompt, pieces, answers):
-        "Where answers stand in a prompt that has these pieces around them."
-        joined = pieces[0]
-        for answer, piece in zip(answers, pieces[1:]):
-            joined += answer + piece
-        if len(pieces) != len(answers) + 1 or joined != prompt:
-            raise ValueError(
-                f"the chat template of {type(self.processor).__name__} does not write "
-                "each earlier answer as it is, so it cannot be told which tokens are "
-                "the model's: load the data with turns='apart'"
-            )
-        closing = self.form.after + (self.form.end or "")
-        places = []
-        start = len(pieces[0])
-        for answer, before, behind in zip(answers, pieces, pieces[1:]):
-            end = start + len(answer)
-            written_before = (
-                self.form.before if before.endswith(self.form.before) else ""
-            )
-            written_behind = closing if behind.startswith(closing) else ""
-            places.append((start - len(written_before), end + len(written_behind)))
-            start = end + len(behind)
-        return places
 
     def _plain(self, turns):
         text = ""

@@ -6,6 +6,7 @@
 __all__ = ['TEST_SPLITS', 'FORMATS', 'PICTURE_SUFFIXES', 'SAVED', 'load_data', 'default_split']
 
 # %% ../../nbs/reference/load_data.ipynb #380a0ee2
+import re
 from pathlib import Path
 
 from datasets import (
@@ -73,9 +74,13 @@ def _first(stream, limit):
 def _part_of(data, split):
     "The rows that a split such as `train[:1000]` means, of the data set `train`."
     whole = split.partition("[")[0]
+    if not re.fullmatch(r"\w+(\.\w+)*", whole):
+        raise ValueError(f"split {split!r}: name one split, such as train[:1000]")
     if split == whole:
         return data
     [part] = ReadInstruction.from_spec(split).to_absolute({whole: len(data)})
+    if part.from_ >= part.to or part.from_ >= len(data):
+        raise ValueError(f"split {split!r}: none of the {len(data)} rows is in it")
     return data.select(range(part.from_, part.to))
 
 
@@ -119,7 +124,7 @@ def _read_saved(folder, split, limit):
         data = data[whole]
     return _at_most(_part_of(data, split or "train"), limit)
 
-
+# %% ../../nbs/reference/load_data.ipynb #new
 def _metadata_file(folder, split):
     "The `metadata.csv` of a folder of images, if it has one for this split, or None."
     whole = (split or "train").partition("[")[0]
@@ -139,7 +144,7 @@ def _json_file(folder):
     pictures = (file.suffix.lower() in PICTURE_SUFFIXES for file in folder.rglob("*"))
     return files[0] if any(pictures) else None
 
-# %% ../../nbs/reference/load_data.ipynb #new
+# %% ../../nbs/reference/load_data.ipynb #09555118
 def _csv_files(builder, split):
     "The CSV files of a split, on this machine or on the hub; None for other formats."
     if not isinstance(builder, Csv):
@@ -275,8 +280,10 @@ def load_data(
     `ValueError` if the data set cannot be read, with what to do about it, and as
     `standard_examples` does.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be 1 or more, not {limit}")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"limit must be a whole number, 1 or more, not {limit!r}")
+    if split is not None and not (isinstance(split, str) and split):
+        raise ValueError(f"split must be a name, such as 'train', not {split!r}")
     if str(name) == "easy-vqa":
         if config or columns:
             raise ValueError(

@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ import pyarrow
 from datasets import Dataset, Features, Value
 
 # %% ../../nbs/reference/tables.ipynb #b375485d
+_SEPARATORS = (",", ";", "\t", "|")
+
+
+def _require_separator(header, separator):
+    "Raise `ValueError` if the only name of a header holds another separator."
+    for other in _SEPARATORS:
+        if other != separator and other in header:
+            raise ValueError(
+                f"its cells are separated by {other!r}, and {separator!r} is expected: "
+                "save the file so"
+            )
+
+
 def read_csv(
     path: str | Path,  # a file with a header, in UTF-8
     limit: int | None = None,  # how many rows to read, from the first; None: all
@@ -35,6 +49,8 @@ def read_csv(
             names = next(reader, [])
             if not names:
                 raise ValueError("the file has no header")
+            if len(names) == 1:
+                _require_separator(names[0], separator)
             if len(set(names)) < len(names):
                 raise ValueError(f"the header names a column twice: {names}")
             columns: dict[str, list[str]] = {name: [] for name in names}
@@ -48,6 +64,8 @@ def read_csv(
                     columns[name].append(cell)
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{error}: save the file as UTF-8") from error
     features = Features({name: Value("string") for name in names})
     return Dataset.from_dict(columns, features=features)
 
@@ -85,6 +103,15 @@ def table_of(
     return Dataset.from_dict(columns)
 
 
+def _object_of(pairs):
+    "An object of JSON. Raises `ValueError` for a key that comes twice."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"an object has the key {name!r} twice")
+    return found
+
+
 def _json_values(file) -> Iterable[tuple[int, Any]]:
     "The (line, value) pairs of an open JSON file. Raises `ValueError`."
     first = file.read(1)
@@ -92,12 +119,13 @@ def _json_values(file) -> Iterable[tuple[int, Any]]:
         first = file.read(1)
     file.seek(0)
     if first == "[":
-        yield from enumerate(json.load(file), start=1)
+        values = json.load(file, object_pairs_hook=_object_of)
+        yield from enumerate(values, start=1)
         return
     for number, line in enumerate(file, start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, object_pairs_hook=_object_of)
             except ValueError as error:
                 raise ValueError(
                     f"line {number}: {error}: expected a list of objects, or one "
@@ -112,13 +140,16 @@ def json_rows(
     "The objects of a JSON file. Raises `ValueError`, with the line, for other things."
     rows = []
     with open(path, encoding="utf-8-sig") as file:
-        for number, row in itertools.islice(_json_values(file), limit):
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f'row {number}: expected an object, as {{"question": …}}, not '
-                    f"{str(row)[:40]!r}"
-                )
-            rows.append(row)
+        try:
+            for number, row in itertools.islice(_json_values(file), limit):
+                if not isinstance(row, dict):
+                    raise ValueError(
+                        f'row {number}: expected an object, as {{"question": …}}, not '
+                        f"{str(row)[:40]!r}"
+                    )
+                rows.append(row)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{error}: save the file as UTF-8") from error
     return rows
 
 

@@ -90,7 +90,8 @@ def method_of(
     function = partial(
         _prune_then_exchange, first=first.function, second=second.function
     )
-    return first._replace(function=function, mean=True, within=second.within)
+    within = first.within or second.within
+    return first._replace(function=function, mean=True, within=within)
 
 
 def takes_group(

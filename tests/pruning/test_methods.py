@@ -25,7 +25,8 @@ def test_each_method_needs_no_more_than_it_declares(name, target):
     assert (few.mean is not None) == method.mean
     assert (few.gram is not None) == method.gram
     (pruned,) = prune_weights([weight], few, target, method)
-    (with_all,) = prune_weights([weight], Statistics.of(x), target, method)
+    everything = Statistics.of_examples([x])
+    (with_all,) = prune_weights([weight], everything, target, method)
     assert torch.equal(pruned, with_all)
     assert sparsity_of(pruned) == 0.5
     assert target == 0.5 or has_pattern(pruned, target)

@@ -7,8 +7,9 @@ __all__ = ['COLORS', 'SHAPES', 'CAPTION', 'SPLITS', 'TASKS', 'SPECIAL_TOKENS', '
            'training_examples', 'word_tokenizer', 'easy_vqa_processor']
 
 # %% ../../nbs/reference/easy_vqa.ipynb #02b0c393
+import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import easy_vqa
 from datasets import Dataset, Image, concatenate_datasets
@@ -81,25 +82,35 @@ def _questions_by_image(split):
     return pairs_of
 
 
-def _question_examples(pairs, processor) -> Iterator[dict[str, str]]:
-    "One example for each question about an image."
+def _question_rows(pairs):
+    "Question, answer and type of each question about an image."
     for question, answer in pairs:
-        yield {
-            "prompt": write_prompt(question, processor),
-            "answer": answer,
-            "question_type": question_type(question, answer),
-        }
+        yield question, answer, question_type(question, answer)
 
 
-def _caption_examples(pairs, processor) -> Iterator[dict[str, str]]:
-    "One example if the questions about an image give it away, else none."
+def _caption_rows(pairs):
+    "One row if the questions about an image give its caption away, else none."
     colors, shapes = deduce(pairs)
     if len(colors) == 1 and len(shapes) == 1:
-        yield {
-            "prompt": write_prompt("", processor),
-            "answer": CAPTION.format(*colors, *shapes),
-            "question_type": "caption",
-        }
+        yield "", CAPTION.format(*colors, *shapes), "caption"
+
+
+@functools.cache  # one run loads the same split several times
+def _columns(split, task):
+    "All columns of a split; a question in place of each prompt. Never changed."
+    if split == "train":
+        path_of = easy_vqa.get_train_image_paths()
+    else:
+        path_of = easy_vqa.get_test_image_paths()
+    rows_of = _question_rows if task == "vqa" else _caption_rows
+    names = ("image", "image_id", "prompt", "answer", "question_type")
+    columns: dict[str, list] = {name: [] for name in names}
+    for image_id, pairs in _questions_by_image(split).items():
+        for row in rows_of(pairs):
+            values = (path_of[image_id], image_id, *row)
+            for column, value in zip(columns.values(), values):
+                column.append(value)
+    return columns
 
 # %% ../../nbs/reference/easy_vqa.ipynb #4b1df9e9
 def load_easy_vqa(
@@ -112,17 +123,13 @@ def load_easy_vqa(
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
     if task not in TASKS:
         raise ValueError(f"task must be one of {TASKS}, not {task!r}")
-    if split == "train":
-        path_of = easy_vqa.get_train_image_paths()
-    else:
-        path_of = easy_vqa.get_test_image_paths()
-    make_examples = _question_examples if task == "vqa" else _caption_examples
-    examples = []
-    for image_id, pairs in _questions_by_image(split).items():
-        image = {"image": path_of[image_id], "image_id": image_id}
-        for texts in make_examples(pairs, processor):
-            examples.append(image | texts)
-    return Dataset.from_list(examples).cast_column("image", Image(mode="RGB"))
+    columns = _columns(split, task)
+    questions = columns["prompt"]
+    # a hundred different questions are asked about all the images
+    prompt_of = {text: write_prompt(text, processor) for text in set(questions)}
+    prompts = [prompt_of[text] for text in questions]
+    data = Dataset.from_dict(columns | {"prompt": prompts})
+    return data.cast_column("image", Image(mode="RGB"))
 
 
 def training_examples(

@@ -187,13 +187,14 @@ def dsnot(
 # %% ../../nbs/reference/dsnot.ipynb #0817507a
 def dsnot_as_published(
     weight: torch.Tensor,  # (out, in) dense
-    stats: Statistics,  # from `Statistics.of_examples`
+    stats: Statistics,  # of the layer's inputs, from `Statistics.of_examples`
     **options,  # of `dsnot`
 ) -> torch.Tensor:  # a new tensor, with as many zeros in each row as the start
     """DSnoT by the rules of its authors' program, which differ in four points.
 
     ε is summed over the tokens of an example, a swap need not reduce |ε|, a weight is
-    exchanged at most once, and the variance is that inside the examples. Raises
-    `ValueError` as `dsnot`, and for statistics that do not tell examples apart.
+    exchanged at most once, and the variance is that inside the examples. Statistics
+    that do not tell examples apart count as one example. Raises `ValueError` as
+    `dsnot`.
     """
     return dsnot(weight, stats, published=True, **options)

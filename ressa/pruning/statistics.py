@@ -43,7 +43,7 @@ class Statistics:
     mean: torch.Tensor | None = None  # (in,)
     spread: torch.Tensor | None = None  # (in,) sum of squared distances from the mean
     gram: torch.Tensor | None = None  # (in, in) XᵀX
-    examples: int = 0  # seen one by one; 0: examples were not told apart
+    examples: int = 1  # 1 also where examples were not told apart
     within: torch.Tensor | None = None  # (in,) as spread, from the example's own mean
 
     @classmethod
@@ -147,13 +147,11 @@ class Statistics:
     def var_within(self) -> torch.Tensor:
         """(in,) variance of each input inside an example, as a mean over all tokens.
 
-        Raises `ValueError` if it was not gathered.
+        Where examples were not told apart, all tokens are one example. Raises
+        `ValueError` if mean and variance were not gathered.
         """
         if self.within is None:
-            raise ValueError(
-                "stats has no variance inside examples: gather it with "
-                "Statistics.of_examples([x, …])"
-            )
+            return self.var
         return self.within / max(self.n, 1)
 
     @property

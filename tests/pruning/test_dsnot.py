@@ -242,7 +242,8 @@ def test_published_rules_equal_a_plain_loop():
     assert not torch.equal(dsnot(weight, stats, sparsity=0.5) != 0, wanted)
 
 
-def test_published_rules_need_examples_told_apart():
+def test_without_examples_all_tokens_are_one():
     weight, x = example((4, 8))
-    with pytest.raises(ValueError, match="of_examples"):
-        dsnot_as_published(weight, Statistics.of(x), sparsity=0.5)
+    found = dsnot_as_published(weight, Statistics.of(x), sparsity=0.5)
+    one = dsnot_as_published(weight, Statistics.of_examples([x]), sparsity=0.5)
+    assert torch.equal(found, one)

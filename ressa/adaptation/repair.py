@@ -8,14 +8,17 @@ __all__ = ['PAPER_RANKS', 'DEFAULT_STEPS', 'DEFAULT_BATCH_SIZE', 'DEFAULT_LEARNI
 # %% ../../nbs/reference/repair.ipynb #213a0d69
 import contextlib
 import hashlib
+import math
 import os
 import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
+from datasets import Dataset, Image, List
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -38,6 +41,7 @@ from ressa.adaptation.trainer import (
     require_preset,
     require_training_data,
 )
+from ..data.held_out import count_seen
 from ..devices import input_device, is_placed, require_in_memory
 from ..evaluation.answers import evaluate
 from ..files import last_whole_checkpoint, read_json, write_json
@@ -124,10 +128,21 @@ def _check_held_out(held_out):
         )
 
 
-def _check_request(steps, held_out, patience):
+def _check_request(chosen, held_out, patience):
     "Raises `ValueError` for what no trainer can do."
-    if steps < 1:
-        raise ValueError(f"steps must be 1 or more, not {steps}")
+    for name in ("steps", "batch_size"):
+        if not isinstance(chosen[name], Integral) or chosen[name] < 1:
+            raise ValueError(
+                f"{name} must be 1 or more, a whole number, not {chosen[name]}"
+            )
+    rate = chosen["learning_rate"]
+    if not 0 < rate < math.inf:
+        raise ValueError(f"learning_rate must be above 0 and finite, not {rate}")
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "repair trains, and gradients are switched off: call it outside of "
+            "torch.no_grad() and torch.inference_mode()"
+        )
     if held_out is not None and not len(held_out):
         raise ValueError("held_out is empty: pass at least one example, or None")
     if held_out is not None:
@@ -352,6 +367,24 @@ def _score(model, held_out, processor, batch_size):
     ).score
 
 
+def _warn_of_seen(data, held_out):
+    "Warn of held-out examples that are training examples too."
+    for examples in (data, held_out):
+        if not isinstance(examples, Dataset):
+            return  # a stream is read once
+        if "prompt" not in examples.column_names:
+            return
+        if not isinstance(examples.features.get("image"), Image | List):
+            return
+    seen = count_seen(data, held_out)
+    if seen:
+        warnings.warn(
+            f"{seen} of {len(held_out)} held-out examples are training examples too: "
+            "their score says little about new ones",
+            stacklevel=3,  # the caller of `repair`
+        )
+
+
 def _warn_of_harm(before, after):
     if after < before:
         warnings.warn(
@@ -392,6 +425,22 @@ def _require_finite_updates(student):
                 f"training has made {name} NaN or infinite, and nothing was merged: "
                 "lower the learning rate"
             )
+
+
+@contextlib.contextmanager
+def _trained_as_before(*models):
+    "After the block, gradients are wanted of the same weights as before it."
+    wanted = [
+        (weight, weight.requires_grad)
+        for model in models
+        if isinstance(model, nn.Module)
+        for weight in model.parameters()
+    ]
+    try:
+        yield
+    finally:
+        for weight, is_wanted in wanted:
+            weight.requires_grad_(is_wanted)
 
 
 @contextlib.contextmanager
@@ -472,7 +521,7 @@ def repair(
     accumulated = arguments.get("gradient_accumulation_steps", 1)
     chosen = _chosen(model, data, preset, accumulated, given)
     ranks = dict(adapter=adapter, r=chosen["r"], lora_alpha=chosen["lora_alpha"])
-    _check_request(chosen["steps"], held_out, patience)
+    _check_request(chosen, held_out, patience)
     _check_device(model, arguments.get("use_cpu"))
     defaults = _default_arguments(
         model, chosen["steps"], chosen["batch_size"], folder, patience, preset
@@ -484,6 +533,7 @@ def repair(
     with _checkpoint_folder(folder) as checkpoints:
         args = RessaArguments(str(checkpoints), **settings)
         require_training_data(teacher, args, data, watched)
+        _warn_of_seen(data, held_out)
         before = _score(model, held_out, processor, args.per_device_eval_batch_size)
         masks, device = zero_masks(model), input_device(model)
         if folder is not None:
@@ -491,7 +541,10 @@ def repair(
             _check_run(run, checkpoints, args)
         start = time.perf_counter()
         set_seed(seed)
-        with _unchanged_on_failure(model, device) as before_training:
+        with (
+            _trained_as_before(model, getattr(teacher, "model", teacher)),
+            _unchanged_on_failure(model, device) as before_training,
+        ):
             student = adapt(model, **ranks)
             before_training.update(_values_of_trained(student))
             trained = trainable_weights(student)

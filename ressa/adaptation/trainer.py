@@ -323,6 +323,12 @@ class _WithRessaLoss(_MeansLogged):
         return (loss, outputs) if return_outputs else loss
 
 # %% ../../nbs/reference/trainer.ipynb #89c4a63e
+def _same_weights(teacher, student):
+    "Whether two models share weights."
+    owned = {id(weight) for weight in student.parameters()}
+    return any(id(weight) in owned for weight in teacher.parameters())
+
+
 def _as_teacher(teacher, model, device):
     "The teacher as a function of student and batch; a model is wrapped."
     if isinstance(teacher, SelfTeacher) and not isinstance(model, PeftModel):
@@ -330,7 +336,20 @@ def _as_teacher(teacher, model, device):
             "a SelfTeacher needs adapters that can be switched off, and the "
             "student's own weights are trained: take another teacher"
         )
+    dense = teacher.model if isinstance(teacher, ModelTeacher) else teacher
+    if isinstance(dense, nn.Module) and _same_weights(dense, model):
+        raise ValueError(
+            "the teacher is the model that learns: pass the dense model, or a "
+            "SelfTeacher, which remembers it"
+        )
+    if not callable(teacher) and teacher is not None:
+        raise ValueError(
+            "teacher must be the dense model, or a teacher of "
+            f"ressa.adaptation.teachers, not {teacher!r}"
+        )
     if isinstance(teacher, nn.Module):
+        if not is_placed(teacher):  # the hooks of accelerate bring what is offloaded
+            require_in_memory(teacher, "teaching")
         # What accelerate has spread over devices stays there: its hooks move inputs.
         return ModelTeacher(teacher if is_placed(teacher) else teacher.to(device))
     return teacher

@@ -367,6 +367,15 @@ _TARGETS = ("sparsity", *PARTS)
 _LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 
 
+def _require_pattern(value):
+    "Raise `ValueError` unless a text is N:M with 0 < N < M."
+    found = re.fullmatch(r"(\d+):(\d+)", value)
+    if not found or not 0 < int(found[1]) < int(found[2]):
+        raise ValueError(
+            f"--pattern must be N:M with 0 < N < M, such as 2:4, not {value!r}"
+        )
+
+
 def _validate_value(name, value):
     "Raise `ValueError` for a value that makes no sense; the message names its flag."
     flag = f"--{name.replace('_', '-')}"
@@ -381,6 +390,8 @@ def _validate_value(name, value):
         raise ValueError(f"{flag} must be in [0, 1), not {value:g}{reason}")
     if name == "seed" and not 0 <= value <= _LARGEST_SEED:
         raise ValueError(f"{flag} must be in 0 … {_LARGEST_SEED}, not {value}")
+    if name == "pattern":
+        _require_pattern(value)
     if name == "method" and not set(value.split("+")) <= set(METHODS):
         raise ValueError(
             f"{flag} must be one of {', '.join(METHODS)}, or one of them + '+dsnot', "

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 
 import psutil
 import torch
@@ -359,7 +360,12 @@ def _evaluation_mode(model):
 
 # %% ../../nbs/reference/engine.ipynb #a8a5656d
 def _require_examples(batch):
-    "Raise `ValueError` for a batch without examples."
+    "Raise `ValueError` for what is no batch, and for a batch without examples."
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            "batch must have a name for each tensor, as calibration_batch makes it; "
+            f"it is of the type {type(batch).__name__}"
+        )
     if not number_of_examples(batch):
         raise ValueError("the batch has no examples: give it at least one")
 
@@ -574,7 +580,9 @@ def _prune_in_pieces(pruner, groups, block_of, micro_batch, recompute):
 # %% ../../nbs/reference/engine.ipynb #7805a3b5
 def _check_options(micro_batch, recompute, dense_statistics):
     "Raise `ValueError` for options of `prune_layers` that are invalid."
-    if micro_batch is not None and micro_batch < 1:
+    if micro_batch is not None and (
+        not isinstance(micro_batch, Integral) or micro_batch < 1
+    ):
         raise ValueError(f"micro_batch must be 1 or more examples, not {micro_batch}")
     if recompute not in ("group", "block"):
         raise ValueError(f"recompute must be 'group' or 'block', not {recompute!r}")
@@ -751,6 +759,11 @@ def prune(
     require_matching_batch(model, batch)
     parts = modality_map(model)
     targets = layer_targets(parts, sparsity, pattern)
+    if not targets:
+        raise ValueError(
+            "sparsity names nothing to prune: give a target for vision, interface or "
+            "language"
+        )
     batch = to_device(batch, input_device(model))
     groups = {} if group is None else per_layer(group, parts, PARTS)
     report = prune_layers(

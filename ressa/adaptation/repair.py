@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -147,6 +148,8 @@ def _check_request(chosen, held_out, patience):
         raise ValueError("held_out is empty: pass at least one example, or None")
     if held_out is not None:
         _check_held_out(held_out)
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be 1 or more, not {patience}")
     if patience is not None and held_out is None:
         raise ValueError(
             "patience needs held_out: pass examples whose loss decides when to stop"
@@ -264,12 +267,14 @@ _RECORDED_ARGUMENTS = """
 
 
 def _weights_hash(model):
-    "Name a model by its weights: how many are zero in each, and some values of each."
+    "Name a model by all bits of its weights, but for those that lie on a disk."
     found = hashlib.sha1()
     for name, weight in model.named_parameters():
-        values = weight.detach().flatten()
-        some = values[:: max(1, len(values) // 64)].float().tolist()
-        found.update(f"{name} {int(values.count_nonzero())} {some}".encode())
+        checksum = 0
+        if not weight.is_meta:
+            values = weight.detach().cpu().contiguous().flatten()
+            checksum = zlib.crc32(values.view(torch.uint8).numpy())
+        found.update(f"{name} {checksum}".encode())
     return found.hexdigest()[:12]
 
 
@@ -442,7 +447,7 @@ def _trained_as_before(*models):
         for weight, is_wanted in wanted:
             weight.requires_grad_(is_wanted)
 
-
+# %% ../../nbs/reference/repair.ipynb #3e003dda
 @contextlib.contextmanager
 def _unchanged_on_failure(model, device):
     """A repair that fails, or is stopped, leaves the model as it was.

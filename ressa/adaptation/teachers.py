@@ -312,7 +312,7 @@ def cache_targets(
     *,
     k: int = 16,  # words kept per token
     temperature: float = 1.0,  # T
-    positions: str = "all",  # as in `RessaArguments`; "all" without padding
+    positions: str = "text",  # as in `RessaArguments`; "all" without padding
     batch_size: int = 64,  # examples that the teacher is asked at once
 ) -> Dataset:  # the examples with five more columns
     """Ask the teacher about every example once, and keep its targets in a file.

@@ -107,7 +107,7 @@ class RessaArguments(TrainingArguments):
         default=1.0, metadata={"help": "T of the softened distributions"}
     )
     positions: str = field(
-        default="all",
+        default="text",
         metadata={
             "help": "where the teacher teaches: at 'all' tokens, at all of the 'text', "
             "or at those of the 'answer'"

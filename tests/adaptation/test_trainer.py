@@ -268,7 +268,7 @@ def test_teachers_that_do_not_fit_are_refused(case, trainer_of, tmp_path):
         ("training examples hold no targets", dict(train=train)),
         ("held-out examples hold no targets", dict(held_out=train)),
         ("targets were cached at 1.0", dict(temperature=2.0)),
-        ("targets were cached for 'all'", dict(positions="text")),
+        ("targets were cached for 'text'", dict(positions="all")),
         ("no training examples", dict(train=train.select([]))),
     ]
     for message, settings in wrong:

@@ -71,13 +71,18 @@ def arguments(node):
     }
 
 
+def _shown_default(value):
+    "A default that is a value; what a call makes is left to the table."
+    return "..." if isinstance(value, ast.Call) else ast.unparse(value)
+
+
 def signature(node):
     "The arguments without their types, which the table has."
     if is_class(node) and not any(
         getattr(m, "name", "") == "__init__" for m in node.body
     ):
         return ", ".join(
-            f.target.id + (f"={ast.unparse(f.value)}" if f.value else "")
+            f.target.id + (f"={_shown_default(f.value)}" if f.value else "")
             for f in arguments(node)
         )
     if is_class(node):

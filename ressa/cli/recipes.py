@@ -17,7 +17,13 @@ from typing import Any
 import yaml
 
 import ressa
-from .options import add_fields, add_key, canonical, validate_options
+from ressa.cli.options import (
+    add_fields,
+    add_key,
+    canonical,
+    validate_options,
+    validate_training,
+)
 from .parsing import nearest
 
 # %% ../../nbs/reference/command_recipes.ipynb #8621b017
@@ -300,6 +306,7 @@ def read_options(
         read.training = {"seed": TRAINING_DEFAULTS["seed"]}
         read.training |= {key: found[key] for key in keys}
         read.seed = read.training["seed"]
+        validate_training(read.training)
     validate_options(read)
     return read
 

@@ -21,6 +21,7 @@ from ressa.cli.options import (
     rivals_of,
     stored_in,
     validate_options,
+    validate_training,
 )
 
 CLASSES = (
@@ -123,6 +124,10 @@ def test_rivals_and_ranks():
         (dict(sparsity=80.0), "--sparsity must be in .* 80 % is 0.8"),
         (dict(vision=-0.1), "--vision must be in"),
         (dict(language=float("nan")), "--language must be in"),
+        (dict(model=""), "--model is empty"),
+        (dict(out=""), "--out is empty"),
+        (dict(pattern="4:2"), "--pattern must be N:M with 0 < N < M"),
+        (dict(pattern="0.5"), "--pattern must be N:M"),
         (dict(seed=-1), "--seed must be in 0"),
         (dict(seed=2**32), "--seed must be in 0"),
         (dict(method="wander"), "--method must be one of"),
@@ -138,6 +143,27 @@ def test_rivals_and_ranks():
 def test_what_makes_no_sense(wrong, said):
     with pytest.raises(ValueError, match=said):
         validate_options(Namespace(**wrong))
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(max_steps=0), "--max-steps must be above 0, not 0"),
+        (dict(max_steps=-1), "--max-steps must be above 0, not -1"),
+        (dict(num_train_epochs=0.0), "--num-train-epochs must be above 0"),
+        (dict(per_device_train_batch_size=0), "--per-device-train-batch-size must be"),
+        (dict(learning_rate=float("nan")), "--learning-rate must be above 0"),
+        (dict(warmup_steps=-3), "--warmup-steps must be 0 or more"),
+        (dict(distill_weight=2.0), "--distill-weight must be in"),
+    ],
+)
+def test_what_no_training_can_have(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        validate_training(wrong)
+
+
+def test_epochs_may_decide_the_steps():
+    validate_training(dict(max_steps=-1, num_train_epochs=2.0))
 
 
 def test_what_makes_sense():

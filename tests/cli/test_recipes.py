@@ -70,6 +70,8 @@ def test_values_are_read_as_they_stand(recipe):
         ("- seed", "lines of the form 'key: value'"),
         ("seed: [1", "is not YAML"),
         ("just words", "lines of the form"),
+        ("[" * 5000, "is not YAML"),
+        ("a: &a [x, x]\nb: [*a, *a]", "write out what it stands for"),
     ],
 )
 def test_what_is_no_recipe(recipe, text, said):

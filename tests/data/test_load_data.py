@@ -43,6 +43,27 @@ def test_files_with_images_beside_them(tmp_path, suffix):
     assert len(load_data(file, "train[:2]")) == 2
 
 
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"split": "train[3:]"}, "none of the 3 rows is in it"),
+        ({"split": "train[7:]"}, "none of the 3 rows is in it"),
+        ({"split": "train+train"}, "name one split"),
+        ({"split": ""}, "split must be a name"),
+        ({"split": 3}, "split must be a name"),
+        ({"limit": 0}, "limit must be a whole number, 1 or more"),
+        ({"limit": 1.5}, "limit must be a whole number"),
+        ({"limit": True}, "limit must be a whole number"),
+    ],
+)
+def test_parts_that_a_file_does_not_have(tmp_path, asked, said):
+    picture(12, 14).save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "what?", "answer": "red"}
+    (tmp_path / "mine.json").write_text(json.dumps([row] * 3))
+    with pytest.raises(ValueError, match=said):
+        load_data(tmp_path / "mine.json", **asked)
+
+
 def test_a_file_with_columns_of_its_own(tmp_path):
     picture(12, 14).save(tmp_path / "a.png")
     example = {"image": "a.png", "frage": "was?", "antwort": "rot"}

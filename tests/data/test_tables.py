@@ -123,6 +123,8 @@ def test_numbers_among_texts_of_json(tmp_path):
         ("a,a\n1,2\n", "names a column twice"),
         ("", "no header"),
         ('a,b\n"1,2\n', "line 2: unexpected end"),
+        ("a;b\n1;2\n", "cells are separated by ';', and ',' is expected"),
+        ("a\tb\n1\t2\n", "cells are separated by"),
     ],
 )
 def test_lines_of_csv_that_do_not_fit(tmp_path, text, message):
@@ -146,12 +148,24 @@ def test_a_mark_at_the_beginning_and_lines_in_quotes(tmp_path):
         ("[1, 2]", "row 1: expected an object"),
         ('[{"a": 1}, {"a": [2]}]', "column 'a' holds values of several kinds"),
         ("", "data set is empty"),
+        ('[{"a": "x", "a": "y"}]', "an object has the key 'a' twice"),
+        ('{"b": {"a": 1, "c": 0, "a": 2}}', "line 1: an object has the key 'a' twice"),
     ],
 )
 def test_json_that_cannot_be_read(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=f"data .*a.json: .*{message}"):
         load_data(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_other_encodings_are_named(tmp_path, suffix, encoding):
+    WRITERS[suffix](rows_of(["é"]), tmp_path / f"a.{suffix}")
+    text = (tmp_path / f"a.{suffix}").read_text().replace("\\u00e9", "é")
+    (tmp_path / f"a.{suffix}").write_text(text, encoding=encoding)
+    with pytest.raises(ValueError, match="save the file as UTF-8"):
+        load_data(tmp_path / f"a.{suffix}")
 
 
 def test_other_files_are_refused_with_the_formats(tmp_path):

@@ -17,10 +17,13 @@ import ressa.adaptation.sparse_lora  # noqa: F401  makes its type known to PEFT
 from ..adaptation.adapters import zero_masks, zeros_filled
 from ..files import read_json
 from ..models.load_model import load_model
-from ..models.weights import require_whole
+from ..models.weights import require_finite, require_whole
 
 # %% ../../nbs/reference/adapter_folders.ipynb #703608ab
 _PRUNED = 0.05  # a layer with a larger share of zeros counts as pruned
+
+
+_LONGEST_REASON = 300  # characters of an error of PEFT, which may list all weights
 
 
 def _base_of(folder):
@@ -49,9 +52,10 @@ def _with_adapter(model, folder):
             stored = set(content.keys())
         adapted = PeftModel.from_pretrained(model, folder)
     except (OSError, SafetensorError, TypeError, RuntimeError, KeyError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
-            f"{folder}: the adapter cannot be opened: {first_line}"
+            f"{folder}: the adapter cannot be opened: {reason[:_LONGEST_REASON]}. Save "
+            "it again, or copy the whole folder again"
         ) from error
     expected = set(get_peft_model_state_dict(adapted))
     loading_info = {
@@ -91,6 +95,7 @@ def open_adapter(
     adapted = _with_adapter(model, folder)
     kind = str(adapted.peft_config["default"].peft_type).rpartition(".")[2]
     merged = adapted.merge_and_unload()
+    require_finite(merged, folder)
     filled = zeros_filled(masks, merged)
     if filled:
         raise ValueError(

@@ -17,7 +17,12 @@ from same_repair import repaired, weights_of
 
 from ressa.adaptation.adapters import ADAPTERS, adapt, zero_masks, zeros_filled
 from ressa.adaptation.distillation import distillation_loss
-from ressa.adaptation.repair import PAPER_RANKS, RepairReport, repair
+from ressa.adaptation.repair import (
+    PAPER_RANKS,
+    RepairReport,
+    _weights_hash,
+    repair,
+)
 from ressa.adaptation.teachers import CachedTeacher
 from ressa.data.collate import collate
 
@@ -386,7 +391,46 @@ def test_without_a_folder_the_best_is_kept_too(case, repaired_copy, tmp_path):
     assert equal(without.model, repaired_copy(folder=tmp_path, **options).model)
 
 
+# What belongs to the caller
+
+
+def test_the_same_weights_can_be_trained_afterwards(case):
+    case.pruned.get_input_embeddings().requires_grad_(False)
+    models = case.pruned, case.dense
+    wanted = [[p.requires_grad for p in model.parameters()] for model in models]
+    assert all(wanted[1]) and not all(wanted[0])
+    options = dict(teacher=case.dense, **SHORT)
+    report = repair(case.pruned, case.train, case.processor, **options)
+    models = report.model, case.dense
+    assert [[p.requires_grad for p in model.parameters()] for model in models] == wanted
+
+
+def test_held_out_examples_that_are_trained_on_are_counted(case):
+    options = dict(teacher=case.dense, held_out=case.train.select([0, 1, 2]), **SHORT)
+    train = case.train.select(range(1, 9))
+    with pytest.warns(UserWarning, match="2 of 3 held-out examples are training"):
+        repair(case.pruned, train, case.processor, **options)
+
+
+def test_one_changed_weight_is_another_model(case):
+    known = _weights_hash(case.dense)
+    layer = case.dense.get_output_embeddings()
+    with torch.no_grad():
+        layer.weight[-1, -1] *= 2
+    assert _weights_hash(case.dense) != known
+    swapped = _weights_hash(case.dense)
+    with torch.no_grad():
+        layer.weight[[-1, -2]] = layer.weight[[-2, -1]]
+    assert _weights_hash(case.dense) != swapped
+
+
 # Refusals
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_there_is_no_repair(repaired_copy, off):
+    with off(), pytest.raises(ValueError, match="gradients are switched off"):
+        repaired_copy(**SHORT)
 
 
 def test_settings_that_do_not_fit_are_refused_before_the_model_is_changed(case):
@@ -404,6 +448,17 @@ def test_settings_that_do_not_fit_are_refused_before_the_model_is_changed(case):
         ("needs a teacher", dict(teacher=None)),
         ("training examples hold no targets", dict(teacher=CachedTeacher())),
         ("visoin", dict(r={"visoin": 2})),
+        ("steps must be 1 or more, a whole number", dict(steps=1.5)),
+        ("batch_size must be 1 or more", dict(batch_size=0)),
+        ("learning_rate must be above 0", dict(learning_rate=0.0)),
+        ("learning_rate must be above 0", dict(learning_rate=float("nan"))),
+        ("patience must be 1 or more", dict(patience=0)),
+        ("teacher is the model that learns", dict(teacher=case.pruned)),
+        ("teacher must be the dense model", dict(teacher="self")),
+        (
+            "teaching needs all weights in memory",
+            dict(teacher=copy.deepcopy(case.dense).to("meta")),
+        ),
     ]
     right = dict(
         model=case.pruned,

@@ -120,7 +120,9 @@ def with_config(**changes):
         (cut_off, "the adapter cannot be opened"),
         (with_config(base_model_name_or_path=None), "names no base_model_name_or_path"),
         (with_config(base_model_name_or_path="/gone"), "base .* cannot be loaded"),
-        (with_config(peft_type="NOTHING"), "the adapter cannot be opened"),
+        (with_config(peft_type="NOTHING"), "cannot be opened: .*Save it again"),
+        (with_config(r=3), "cannot be opened: .*size mismatch"),
+        (with_config(lora_alpha=float("nan")), "NaN or infinite"),
     ],
 )
 def test_what_is_damaged_is_refused(tmp_path, damage, message):

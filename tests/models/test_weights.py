@@ -1,5 +1,7 @@
 """Weights that are missing, left over, of another shape or not finite are errors that name them."""
 
+import json
+
 import pytest
 import tiny_models
 import torch
@@ -41,6 +43,30 @@ def with_value(value):
         return weights | {"query_tokens": changed}
 
     return damage
+
+
+def as_numbers_of(dtype):
+    def damage(weights):
+        return weights | {"query_tokens": weights["query_tokens"].to(dtype)}
+
+    return damage
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_named(bundled, tmp_path, dtype):
+    weights = stored(*bundled, tmp_path)
+    replace(as_numbers_of(dtype)(weights), tmp_path)
+    with pytest.raises(ValueError, match="are no floats: query_tokens .stored as"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": [1]}])
+def test_a_damaged_index_says_what_to_do(bundled, tmp_path, index):
+    stored(*bundled, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="save its files again: one is damaged"):
+        load_model(tmp_path)
 
 
 DAMAGES = {

@@ -220,6 +220,8 @@ def test_nothing_changes_when_an_argument_is_invalid(bundled, data):
         (dict(), "exactly one of sparsity and pattern"),
         (dict(sparsity=0.5, method="none"), "method must be one of"),
         (dict(sparsity=0.5, micro_batch=0), "micro_batch must be 1 or more"),
+        (dict(sparsity=0.5, micro_batch=1.5), "micro_batch must be 1 or more"),
+        (dict(sparsity={}), "sparsity names nothing to prune"),
         (dict(sparsity=0.5, recompute="layer"), "recompute must be 'group' or 'block'"),
         (
             dict(sparsity=0.5, micro_batch=2, dense_statistics=True),
@@ -228,6 +230,8 @@ def test_nothing_changes_when_an_argument_is_invalid(bundled, data):
     ):
         with pytest.raises(ValueError, match=message):
             prune(model, batch, progress=False, **wrong)
+    with pytest.raises(ValueError, match="batch must have a name for each tensor"):
+        prune(model, [batch], sparsity=0.5)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
 

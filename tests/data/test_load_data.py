@@ -150,7 +150,7 @@ def test_splits_of_easy_vqa():
         (lambda: load_data("easy-vqa", "validation"), "split must be one of"),
         (lambda: load_data("easy-vqa", task="sing"), "task must be one of"),
         (lambda: load_data("easy-vqa", config="x"), "config and columns are for other"),
-        (lambda: load_data("easy-vqa", limit=0), "limit must be 1 or more, not 0"),
+        (lambda: load_data("easy-vqa", limit=0), "limit must be .*1 or more, not 0"),
     ],
 )
 def test_what_easy_vqa_does_not_have(call, message):
@@ -164,7 +164,7 @@ def test_what_easy_vqa_does_not_have(call, message):
 def test_errors_name_the_data_set_and_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="data .*none: .*check the path"):
         load_data(tmp_path / "none")
-    with pytest.raises(ValueError, match="limit must be 1 or more, not 0"):
+    with pytest.raises(ValueError, match="limit must be .*1 or more, not 0"):
         load_data(tmp_path, limit=0)
     with pytest.raises(ValueError, match="data no/such-data: .*What to do"):
         load_data("no/such-data")

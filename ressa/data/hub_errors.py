@@ -97,7 +97,8 @@ def advice(
     what_to_do = _what_to_do(error)
     if isinstance(error, OF_DAMAGED_FILES):
         # the message of such an error is a word alone, such as 'weight_map'
-        first_line = f"{type(error).__name__}: {first_line}"
+        if message:
+            first_line = f"{type(error).__name__}: {first_line}"
         what_to_do = what_to_do or "copy or save its files again: one is damaged"
     if what_to_do is None:
         return first_line

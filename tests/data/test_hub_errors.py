@@ -55,7 +55,13 @@ def test_an_unknown_error_keeps_its_first_line():
     assert (
         advice(OSError("Words of the future.\nMore of them.")) == "Words of the future"
     )
-    assert advice(KeyError()) == "KeyError"
+    assert advice(RuntimeError()) == "RuntimeError"
+
+
+def test_an_error_of_a_damaged_file_says_so():
+    damaged = "What to do: copy or save its files again: one is damaged"
+    assert advice(KeyError("weight_map")) == f"KeyError: 'weight_map'. {damaged}"
+    assert advice(KeyError()) == f"KeyError. {damaged}"
 
 
 def test_names_of_parts_are_kept_from_later_lines():

@@ -516,13 +516,8 @@ def repair(
     `ValueError` for settings that do not fit, and for a folder of another repair,
     before the model is changed. A repair that fails leaves the model as it was.
     """
-    given = dict(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        r=r,
-        lora_alpha=lora_alpha,
-    )
+    given: dict = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    given |= dict(r=r, lora_alpha=lora_alpha)
     accumulated = arguments.get("gradient_accumulation_steps", 1)
     chosen = _chosen(model, data, preset, accumulated, given)
     ranks = dict(adapter=adapter, r=chosen["r"], lora_alpha=chosen["lora_alpha"])

@@ -470,7 +470,7 @@ def validate_training(
             f"--distill-weight must be in [0, 1], not {training['distill_weight']}"
         )
 
-
+# %% ../../nbs/reference/command_options.ipynb #49294d5f
 def validate_options(
     *options: Any,  # dataclasses or namespaces
 ) -> None:

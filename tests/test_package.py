@@ -32,6 +32,7 @@ DEVELOPMENT_TOOLS = (
 LAYERS = (
     "palette",
     "files",
+    "progress",
     "devices",
     "parts",
     "data",

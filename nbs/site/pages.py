@@ -88,7 +88,9 @@ def reference():
     for group, names in REFERENCE_ORDER.items():
         groups[group] = [paths.pop(name) for name in names if name in paths]
     command = [
-        name for name in paths if re.match("command|recipes|results|report|model_card", name)
+        name
+        for name in paths
+        if re.match("command|recipes|results|report|model_card", name)
     ]
     groups["Command"] += [paths.pop(name) for name in command]
     groups["Course"] += paths.values()

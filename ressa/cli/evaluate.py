@@ -43,10 +43,9 @@ def run(
     options: argparse.Namespace,  # from `parse`
 ) -> None:
     "Measure a model on easy-VQA or on another data set, by the metric that fits it."
-    from ressa.cli.run_data import load_tests
-
     from ressa.cli.main_job import dtype_of, test_batch_of
     from ressa.cli.results import LONGEST_ANSWER
+    from ressa.cli.run_data import load_tests
     from ressa.evaluation.answers import evaluate
     from ressa.models.inputs import has_towers
     from ressa.models.load_model import load_model

@@ -55,11 +55,11 @@ from ressa.cli.results import (
     won_back_shares,
 )
 from ressa.cli.run_data import (
-    check_pictures,
     draw_calibration,
     load_tests,
     load_training,
     require_calibration,
+    require_pictures,
     separate,
 )
 from ..data.collate import draw_examples
@@ -367,7 +367,7 @@ def plan_of(
     if args.data != "easy-vqa":
         examples, seen = separate(args, examples, tests[0])
         for data in (examples, *tests):
-            check_pictures(data, args.data)
+            require_pictures(data, args.data)
     require_calibration(args, examples)
     _arguments_of(args, Path(args.out) / "checkpoints")
     dtype = dtype_of(args)

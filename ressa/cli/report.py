@@ -19,9 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 import ressa
@@ -44,6 +42,8 @@ from ..evaluation.metrics import METRICS, references_of
 # %% ../../nbs/reference/report.ipynb #0ede84d9
 def _color(row):
     "The colour of a model on the current background."
+    import matplotlib
+
     return matplotlib.rcParams["text.color"] if row == "dense" else ROW_COLORS[row]
 
 
@@ -71,7 +71,7 @@ def draw_accuracy(
             values,
             height=0.38,
             xerr=abs(ends - values),
-            ecolor=matplotlib.rcParams["text.color"],
+            ecolor=_color("dense"),
             color=[_color(row) for row in drawn],
             hatch=hatch,
             alpha=0.9 if hatch is None else 0.5,
@@ -182,6 +182,9 @@ def picture_uri(
     inches: tuple[float, float] = DRAWING_INCHES,  # width and height of a drawing
 ) -> str:  # "data:image/png;base64,…", or svg+xml for a drawing
     "A drawing or an image as a `data:` URI, for the source of an HTML image."
+    import matplotlib
+    from matplotlib.figure import Figure
+
     buffer = io.BytesIO()
     if isinstance(picture, Image.Image):
         small = as_rgb(picture)

@@ -7,7 +7,6 @@ __all__ = ['StagedModel', 'splits_of_sum', 'named_allocation', 'StoredPoints', '
            'draw_mask', 'draw_explorer']
 
 # %% ../../nbs/studies/allocation.ipynb #62120834
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 

@@ -33,7 +33,7 @@ from .ablations import CACHE
 from .allocation_study import named_allocation
 from .bench import one_look_per_image
 from .bundled_training import draw_shapes
-from .studies import pack_right, run_study, unpack_right
+from .studies import pack_right, unpack_right
 from ..data.collate import collate
 from ..data.easy_vqa import load_easy_vqa, training_examples
 from ..evaluation.answers import answer, exact_match

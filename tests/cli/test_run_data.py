@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ressa.cli.run_data import (
-    check_pictures,
     columns_of,
     draw_calibration,
     load_tests,
     load_training,
+    require_pictures,
 )
 
 EASY = dict(data="easy-vqa", split=None, limit=None, train_split="train")
@@ -80,6 +80,6 @@ def test_a_broken_picture_is_named_with_its_row(tmp_path, monkeypatch, kind):
         files[2].unlink()
     rows = Dataset.from_dict({"image": [str(file) for file in files]})
     rows = rows.cast_column("image", Image())
-    check_pictures(rows.select(range(2)), "mine")
+    require_pictures(rows.select(range(2)), "mine")
     with pytest.raises(ValueError, match="data mine: the picture of row 2 cannot"):
-        check_pictures(rows, "mine")
+        require_pictures(rows, "mine")

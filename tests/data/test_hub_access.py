@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import constants
 
 from ressa.data import hub_access
-from ressa.data.load_data import load_data
 from ressa.data.hub_access import cache_alone_if_unreachable, hub_answers
+from ressa.data.load_data import load_data
 from ressa.models.load_model import load_model
 
 

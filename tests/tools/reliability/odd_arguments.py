@@ -139,7 +139,7 @@ LEFT_OUT = {  # name → why
             "require_memory",
             "short_size",
             "stored_results",
-            "check_pictures",
+            "require_pictures",
             "failure_of",
         ),
         "given what the command has checked, see cli/test_memory and others",

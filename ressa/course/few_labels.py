@@ -23,6 +23,7 @@ import numpy as np
 import PIL.Image
 import torch
 from datasets import Dataset, Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -136,12 +137,21 @@ def encode_examples(
 
 
 def _kept_on_disk(name, make):
-    "What `make` returns, made once and read from a file afterwards."
-    file = CACHE / f"few-labels-{name}.pt"
+    "The `Encoded` that `make` returns, made once and read from a file afterwards."
+    file = CACHE / f"few-labels-{name}.safetensors"
     if not file.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        torch.save(make(), file)
-    return torch.load(file, mmap=True, weights_only=False)
+        made = make()
+        tensors = {f"inputs.{key}": value for key, value in made.inputs.items()}
+        tensors |= {key: getattr(made, key) for key in Encoded._fields[1:]}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+    tensors = load_file(file)
+    inputs = {
+        key.removeprefix("inputs."): tensors.pop(key)
+        for key in list(tensors)
+        if key.startswith("inputs.")
+    }
+    return Encoded(inputs, **tensors)
 
 # %% ../../nbs/studies/few_labels.ipynb #5771e487
 FRESH_PICTURES = 10_000

@@ -32,6 +32,13 @@ LONG_FILES = (
     "test_exercises.py",
     "test_adapter_folders.py",
     "test_real_training.py",
+    "test_repair.py",
+    "test_trainer.py",
+    "test_teachers.py",
+    "test_engine.py",
+    "test_every_method.py",
+    "test_rules.py",
+    "test_search.py",
 )
 
 
@@ -44,6 +51,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def figures_closed():
+    "What a test draws is no open figure of the next one."
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(scope="session")

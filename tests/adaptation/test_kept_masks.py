@@ -45,7 +45,7 @@ def test_a_saved_adapter_is_refused_by_a_base_with_other_zeros(tmp_path):
             PeftModel.from_pretrained(model, tmp_path)
         assert type(model[0]) is nn.Linear
     elsewhere = nn.Sequential(nn.ReLU(), nn.Linear(24, 16))
-    with pytest.raises(ValueError, match="no layer '0'|a layer 0|nn.Linear"):
+    with pytest.raises(ValueError, match="no layer '0'|a layer 0|adapts linear layers"):
         PeftModel.from_pretrained(elsewhere, tmp_path)
     x = torch.randn(3, 24)
     assert torch.equal(PeftModel.from_pretrained(fits, tmp_path)(x), student.eval()(x))

@@ -67,7 +67,7 @@ def test_a_smaller_rank_keeps_alpha_over_rank():
     settings = ablations._settings_of("RESSA", "0.8", None, 4)
     assert settings["r"] == {"vision": 4, "language": 4, "interface": 2}
     assert set(settings["lora_alpha"].values()) == {8}
-    assert ablations._settings_of("RESSA", "0.8", 0.5, None) == {"learning_rate": 0.5}
+    assert ablations._settings_of("RESSA", "0.8", 0.5, None)["learning_rate"] == 0.5
 
 
 def test_what_the_study_does_not_have_is_refused():

@@ -136,7 +136,7 @@ def test_wilson_solves_its_equation_and_is_not_a_point_at_the_edge():
     "right, z", [([0.5], 1.96), ([], 1.96), ([[1, 0]], 1.96), ([1], 0), ([1], np.nan)]
 )
 def test_wilson_wants_zeros_and_ones(right, z):
-    with pytest.raises(ValueError, match="zeros and ones|z must be"):
+    with pytest.raises(ValueError, match="zeros and ones|z positive"):
         wilson(right, z)
 
 

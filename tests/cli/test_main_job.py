@@ -20,7 +20,7 @@ def options(*line):
     return read
 
 
-TINY = "--limit 10 --steps 2 --batch-size 4 --calibration 8".split()
+TINY = "--limit 10 --train-limit 64 --steps 2 --batch-size 4 --calibration 8".split()
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -89,36 +89,46 @@ def count_models(monkeypatch):
     return counts
 
 
+COMPARED = (*TINY, "--compare", "labels", "--positions", "answer")
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    "One whole run with each teacher: (folder, results, most models alive at once)."
+    folder = tmp_path_factory.mktemp("teachers")
+    runs = {}
+    for teacher in ("model", "self", "cached"):
+        out = folder / teacher
+        with pytest.MonkeyPatch.context() as patched:
+            counts = count_models(patched)
+            args = options(*COMPARED, "--teacher", teacher, "--out", out)
+            results = main_job.main_job(args)
+        runs[teacher] = out, results, max(counts)
+    return runs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher, most", [("model", 2), ("self", 1), ("cached", 1)])
-def test_how_many_models_are_alive(tmp_path, monkeypatch, teacher, most):
-    counts = count_models(monkeypatch)
-    more = ("--compare", "labels", "--teacher", teacher, "--out", tmp_path / "out")
-    results = main_job.main_job(options(*TINY, *more))
-    assert max(counts) <= most and results["zeros_filled"] == 0
+def test_how_many_models_are_alive(whole_runs, teacher, most):
+    _, results, alive = whole_runs[teacher]
+    assert alive <= most and results["zeros_filled"] == 0
     assert "labels" in results and "plain_lora" not in results
 
 
 @pytest.mark.slow
-def test_teachers_say_the_same(tmp_path):
-    "The dense model in memory, its cached answers, and the values put back."
-    logs = {}
-    for teacher in ("model", "self"):
-        out = tmp_path / teacher
-        line = (*TINY, "--teacher", teacher, "--positions", "answer", "--out", out)
-        logs[teacher] = main_job.main_job(options(*line))["training"]["repaired"]
-    for one, other in zip(*logs.values()):
+def test_teachers_say_the_same(whole_runs):
+    "The dense model in memory, and the removed values put back."
+    logs = [whole_runs[name][1]["training"]["repaired"] for name in ("model", "self")]
+    for one, other in zip(*logs):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["model", "cached"])
-def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, teacher):
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, whole_runs, teacher):
     "Ctrl-C as the training begins: dense and pruned are not measured again."
     from safetensors.torch import load_file
 
-    line = (*TINY, "--teacher", teacher)
-    whole = main_job.main_job(options(*line, "--out", tmp_path / "whole"))
     measured, measure = [], main_job.measure
 
     def stopped(*given, **more):
@@ -128,22 +138,23 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, teacher):
         measured.append(progress)
         return measure(*given, progress=progress, **more)
 
-    args = options(*line, "--out", tmp_path / "out")
+    args = options(*COMPARED, "--teacher", teacher, "--out", tmp_path / "out")
     with monkeypatch.context() as patched:
         patched.setattr(main_job, "repair", stopped)
         with pytest.raises(KeyboardInterrupt):
             main_job.main_job(args)
     monkeypatch.setattr(main_job, "measure", watched)
     results = main_job.main_job(args)
-    assert measured == ["repaired"]
+    assert measured == ["repaired", "labels"]
+    folder, whole, _ = whole_runs[teacher]
     assert results["repaired"]["accuracy"] == whole["repaired"]["accuracy"]
-    one = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    one = load_file(folder / "model" / "model.safetensors")
     other = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert main_job.main_job(args)["repaired"] == json.loads(
         json.dumps(results["repaired"])
     )
-    assert measured == ["repaired"]  # a run that has ended measures nothing
+    assert len(measured) == 2  # a run that has ended measures nothing
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_killed_and_called_again(tmp_path, finished, run):
     [
         ("--sparsity -0.1", "sparsity must be in [0, 1)"),
         ("--pattern 2:7", "divisible by 7"),
-        ("--pattern 4:2", "pattern must be 'N:M'"),
+        ("--pattern 4:2", "--pattern must be N:M"),
         ("--pattern 2:4 --vision 0.5", "--pattern cannot go with --vision"),
         ("--device abacus", "device 'abacus' is unknown"),
         ("--dtype int3", "dtype: invalid choice"),

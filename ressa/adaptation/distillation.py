@@ -207,7 +207,7 @@ def require_positions(
         raise ValueError(f"positions must be one of {POSITIONS}, not {positions!r}")
 
 
-def _distilled_places(positions, labels, shift):
+def _distilled_places(positions, labels, places):
     "Places in flattened logits where the student learns from the teacher."
     if isinstance(positions, torch.Tensor):
         if positions.shape != labels.shape or positions.dtype != torch.bool:
@@ -226,7 +226,7 @@ def _distilled_places(positions, labels, shift):
             "`ressa.models.inputs.is_text`"
         )
     if positions == "answer":
-        return answer_places(labels, shift)[0]
+        return places
     return torch.arange(labels.numel(), device=labels.device)
 
 
@@ -294,7 +294,7 @@ def loss_terms(
         task = sum_in_chunks(cross_entropy, logits, places) / answer_tokens
         return task, task.new_zeros(())
 
-    distilled = _distilled_places(positions, labels, shift)
+    distilled = _distilled_places(positions, labels, places)
     targets, rows = _match(teacher, labels, distilled)
     if targets.words is None:
         _check_vocabularies(targets.values.shape[-1], vocabulary, words)

@@ -354,6 +354,8 @@ def test_early_stopping_stops_and_keeps_the_best(
         lr_scheduler_type="linear",
         warmup_steps=3,
         folder=tmp_path,
+        distill_weight=0.5,  # the loss of `loss_on`
+        positions="answer",
     )
     report = repaired_copy(**options)
     watched = report.logged("eval_loss")

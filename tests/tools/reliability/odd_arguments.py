@@ -148,6 +148,104 @@ LEFT_OUT = {  # name → why
         ("print_safely", "quiet_libraries", "lines_off_a_terminal", "progress_bar"),
         "set the terminal, see test_progress",
     ),
+    **dict.fromkeys(
+        ("answer_form", "render_turns", "tokenizer_key", "without_bos"),
+        "see data/test_prompts",
+    ),
+    **dict.fromkeys(("as_read", "longest_input"), "see cli/test_data"),
+    **dict.fromkeys(("ask", "open_picture"), "see cli/test_ask"),
+    **dict.fromkeys(("batch_rules",), "see models/test_inputs"),
+    **dict.fromkeys(("chosen", "options_of", "with_options"), "see data/test_choices"),
+    **dict.fromkeys(
+        ("claims", "difference"), "read stored results, see course/test_claims"
+    ),
+    **dict.fromkeys(
+        ("comparison_rows", "comparison_table", "conclusion"), "see cli/test_compare"
+    ),
+    **dict.fromkeys(
+        (
+            "conversation_column",
+            "conversation_table",
+            "read_conversation",
+            "standard_conversations",
+        ),
+        "see data/test_conversations",
+    ),
+    **dict.fromkeys(
+        (
+            "dense_model",
+            "measured",
+            "pairs",
+            "real_run",
+            "real_settings",
+            "run_real_study",
+            "study_windows",
+            "text_pieces",
+        ),
+        "runs of minutes, see course/test_real_study",
+    ),
+    **dict.fromkeys(
+        ("dequantize", "quantize", "require_bits", "kept_count"),
+        "see checkpoints/test_quantized and test_packing",
+    ),
+    **dict.fromkeys(
+        (
+            "device_name",
+            "models_of",
+            "peak_device_memory_mb",
+            "show_interval",
+            "show_score",
+            "sparsity_rows",
+            "summary_table",
+            "target_text",
+            "weight_counts",
+            "draw_layers",
+            "fates_of",
+            "layer_place",
+            "places_for",
+            "two_uris",
+        ),
+        "given the results of a run, see cli/test_results and cli/test_report",
+    ),
+    **dict.fromkeys(
+        ("dsnot_as_published", "takes_group"),
+        "see pruning/test_dsnot and pruning/test_methods",
+    ),
+    **dict.fromkeys(
+        ("fast_masked_weight", "mask_update_"),
+        "given what sparse_lora_linear took, see adaptation/test_fast_mask",
+    ),
+    **dict.fromkeys(
+        (
+            "find_licence",
+            "loading_code",
+            "model_card",
+            "push_to_hub",
+            "recipe_text",
+            "write_products",
+        ),
+        "see cli/test_model_card",
+    ),
+    **dict.fromkeys(
+        ("free_layers", "loss_pieces", "require_judged", "unjudged"),
+        "see allocation/test_rules",
+    ),
+    **dict.fromkeys(
+        ("images_of", "json_rows", "number_of_images"),
+        "see data/test_columns, test_tables and test_encoding",
+    ),
+    **dict.fromkeys(
+        ("picture_token_of", "unmask_gradients"),
+        "see pruning/test_engine and adaptation/test_adapters",
+    ),
+    **dict.fromkeys(
+        ("require_files", "write_text", "require_finite"),
+        "see test_files and models/test_weights",
+    ),
+    **dict.fromkeys(
+        ("text_windows", "window_losses"), "see evaluation/test_perplexity"
+    ),
+    **dict.fromkeys(("validate_training",), "see cli/test_options"),
     "OneLineParser": "a parser of argparse, see cli/test_parsing",
     "Interrupts": "takes no argument",
     "load_empty": "as load_model, see models/test_load_model",

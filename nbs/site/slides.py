@@ -45,7 +45,7 @@ def slides():
             name = f"figures/{path.stem}-{k}.png"
             pictures[name] = picture
             alt_text = re.sub(r"([\[\]])", r"\\\1", alt)
-            parts += [f"### {heading}", f"![{alt_text}]({name})"]
+            parts += [f"### {heading or 'Opening'}", f"![{alt_text}]({name})"]
             parts += [f"*In words:* {alt}", sentence]
     return "\n\n".join(filter(None, parts)) + "\n", pictures
 

@@ -172,7 +172,6 @@ def move(box, slider):
     "name, slider, words",
     [
         ("reference/explorers", 0, "share = 0.625"),
-        ("reference/budgets", 0, "spread = 1"),
     ],
 )
 def test_a_slider_moves_the_picture(lab, browser, name, slider, words):

@@ -106,6 +106,11 @@ def _path_of(name):
     shipped = RECIPES / f"{name}.yaml"
     if shipped.is_file():
         return shipped
+    if path.is_dir():
+        raise ValueError(
+            f"recipe {name}: it is a folder. If it holds a model: --model {name}; if it "
+            f"holds data: --data {name}"
+        )
     raise ValueError(
         f"recipe {name}: there is no such file, and the recipes that come with ressa "
         f"are {', '.join(recipe_names())}"

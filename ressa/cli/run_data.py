@@ -18,6 +18,7 @@ from ..data.collate import draw_examples
 from ..data.easy_vqa import load_easy_vqa, training_examples
 from ..data.held_out import count_seen, hold_out, without_pictures_of
 from ..data.load_data import default_split, load_data
+from ..data.pictures import picture_of_row
 from ..models.inputs import model_batch
 from ..progress import progress_bar
 
@@ -178,12 +179,9 @@ def require_pictures(
     pictures = data.select_columns(["image"])
     for row in progress_bar(range(len(pictures)), doing=f"check pictures of {name}"):
         try:
-            pictures[row]
-        except Exception as error:  # PIL raises many kinds, SyntaxError among them
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"data {name}: the picture of row {row} cannot be read: {reason}"
-            ) from error
+            picture_of_row(pictures, row)
+        except ValueError as error:
+            raise ValueError(f"data {name}: {error}") from error
 
 
 def draw_calibration(

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Image, List
 
-from .pictures import picture_key
+from .pictures import picture_key, picture_of_row
 
 # %% ../../nbs/reference/held_out.ipynb #593ffd11
 def _as_list(cell):
@@ -39,7 +39,7 @@ def _picture_keys(data):
             if isinstance(identity, bytes):
                 identity = hashlib.sha256(identity).digest()
             if identity not in key_of_file:
-                picture = _as_list(decoded[row]["image"])[place]
+                picture = _as_list(picture_of_row(decoded, row))[place]
                 key_of_file[identity] = picture_key(picture)
             own.append(key_of_file[identity])
         if not own:

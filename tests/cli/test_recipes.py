@@ -84,6 +84,11 @@ def test_a_recipe_that_is_not_there():
         read_recipe("smolvml")
 
 
+def test_a_folder_that_is_meant_as_a_model(tmp_path):
+    with pytest.raises(ValueError, match=f"it is a folder.*--model {tmp_path}"):
+        read_recipe(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "text, said",
     [

@@ -4,7 +4,7 @@ import io
 
 import PIL.Image
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image
 from tiny_models import picture
 
 from ressa.cli import evaluate, repair
@@ -137,3 +137,21 @@ def test_two_splits_with_the_same_examples(tmp_path, capsys):
     train, seen = separate(args, load_training(args, None), load_tests(args, None)[0])
     assert seen == 6 and len(train) == 18
     assert "6 of 18 test examples" in capsys.readouterr().err
+
+
+def test_a_picture_that_ends_in_the_middle_is_named_by_its_row():
+    "Its header is whole, so that it fails only when its pixels are read."
+    whole = io.BytesIO()
+    PIL.Image.effect_noise((64, 64), 90).convert("RGB").save(whole, "png")
+    files = [whole.getvalue(), whole.getvalue()[: len(whole.getvalue()) // 2]]
+    data = Dataset.from_dict(
+        {
+            "image": [{"bytes": file, "path": None} for file in files],
+            "prompt": ["what?"] * 2,
+            "answer": ["red"] * 2,
+        }
+    ).cast_column("image", Image())
+    with pytest.raises(
+        ValueError, match="picture of row 1 cannot be read: .*truncated"
+    ):
+        hold_out(data)

@@ -275,7 +275,8 @@ LEFT_OUT = {  # name → why
     ),
     **dict.fromkeys(("read_csv", "read_json_rows", "table_of"), "see data/test_tables"),
     **dict.fromkeys(
-        ("as_rgb", "converts_exactly", "picture_key"), "see data/test_pictures"
+        ("as_rgb", "converts_exactly", "picture_key", "picture_of_row"),
+        "see data/test_pictures",
     ),
     **dict.fromkeys(
         ("hold_out", "without_pictures_of", "count_seen"), "see data/test_held_out"

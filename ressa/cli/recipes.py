@@ -108,8 +108,8 @@ def _path_of(name):
         return shipped
     if path.is_dir():
         raise ValueError(
-            f"recipe {name}: it is a folder. If it holds a model: --model {name}; if it "
-            f"holds data: --data {name}"
+            f"recipe {name}: it is a folder. If it holds a model: --model {name}; if "
+            f"it holds data: --data {name}"
         )
     raise ValueError(
         f"recipe {name}: there is no such file, and the recipes that come with ressa "

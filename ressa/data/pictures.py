@@ -114,7 +114,7 @@ def picture_of_row(
     data,  # a data set with the column `image`
     row: int,
 ):  # what the cell holds: one picture, several, or None
-    "Read the cell `image` of a row. Raises `ValueError`, with the row, if it is broken."
+    "Read the cell `image` of a row. Raises `ValueError` that names a broken row."
     try:
         return data[row]["image"]
     except Exception as error:  # PIL raises many kinds, SyntaxError among them

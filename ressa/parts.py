@@ -207,7 +207,7 @@ def _is_language_model(model):
     config = getattr(model, "config", None)
     return all(getattr(config, name, None) is None for name in parts)
 
-
+# %% ../nbs/reference/parts.ipynb #f84caee4
 def _classes_entry(class_name, roots):
     "The line of Python that tells where the parts of a class begin."
     known = {part: path for path, part in roots.items()}

@@ -354,7 +354,7 @@ def _as_teacher(teacher, model, device):
         return ModelTeacher(teacher if is_placed(teacher) else teacher.to(device))
     return teacher
 
-
+# %% ../../nbs/reference/trainer.ipynb #80972343
 def _shared_words(teacher, model, processor):
     """How many words two models share, or None if their vocabularies are equally large.
 

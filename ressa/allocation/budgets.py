@@ -180,7 +180,7 @@ def _steps_of_layers(shapes, max_sparsity, m):
             raise ValueError(f"{name}: {error}") from None
     return steps
 
-
+# %% ../../nbs/reference/budgets.ipynb #30243861
 def meet_budget(
     shapes: Mapping,  # layer name → (out, in): the layers whose weights are counted
     preferred: Mapping,  # layer name → preferred sparsity, shifted to meet the budget

@@ -294,11 +294,6 @@ def proportional_sparsity(
     return {group: 1 - share for group, share in kept(math.exp(log_scale)).items()}
 
 # %% ../../nbs/reference/rules.ipynb #28e5bd42
-# How far the losses of pieces may be from that of the batch: rounding, no more
-_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-_LOSS_TOLERANCE_16_BIT = 1e-2
-
-
 def _answer_tokens(model, labels):
     "How many tokens of each example the loss is about, (examples,)."
     if is_causal(model):
@@ -327,6 +322,11 @@ def _ways_to_cut(model, batch, spans):
             for name in [name for name in piece if name.startswith(OF_PICTURES)]:
                 del piece[name]
     yield by_axis
+
+# %% ../../nbs/reference/rules.ipynb #7cece830
+# How far the losses of pieces may be from that of the batch: rounding, no more
+_LOSS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_LOSS_TOLERANCE_16_BIT = 1e-2
 
 
 def loss_pieces(

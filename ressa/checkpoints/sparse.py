@@ -289,7 +289,7 @@ class _OrdinaryTensor(StoredTensor):
     def read(self):
         return self.file.content.get_tensor(self.name)
 
-
+# %% ../../nbs/reference/sparse_checkpoints.ipynb #710b4f51
 class _PackedTensor(StoredTensor):
     "A tensor of a packed folder, checked when it is read."
 
@@ -470,7 +470,7 @@ def _tensors_to_save(model):
                 left_out.add(name)
     return {name: tensor for name, tensor in state.items() if name not in left_out}
 
-
+# %% ../../nbs/reference/sparse_checkpoints.ipynb #63db11c2
 def save_sparse(
     model,  # a transformers model, on any device
     processor,  # the processor of the model; None stores the model alone

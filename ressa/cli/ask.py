@@ -9,9 +9,6 @@ __all__ = ['LONGEST_TOLD', 'EXAMPLES', 'open_picture', 'ask', 'add_options', 'ru
 import argparse
 
 # %% ../../nbs/reference/command_ask.ipynb #1168d72f
-LONGEST_TOLD = 64  # tokens of an answer, unless another number is asked for
-
-
 def open_picture(
     path: str,  # of a file
 ):  # → a PIL image, loaded
@@ -27,6 +24,9 @@ def open_picture(
             reason = "it has too many pixels"
         raise ValueError(f"picture {path}: cannot be opened: {reason}") from error
     return picture
+
+# %% ../../nbs/reference/command_ask.ipynb #9c74faa5
+LONGEST_TOLD = 64  # tokens of an answer, unless another number is asked for
 
 
 def _as_data(processor, pictures, question):

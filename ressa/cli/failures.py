@@ -46,7 +46,7 @@ def _kinds(error):
     "The names of the classes of an exception."
     return {kind.__name__ for kind in type(error).__mro__}
 
-
+# %% ../../nbs/reference/command_failures.ipynb #c2067219
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _LESS_MEMORY = (
     "--teacher cached, a smaller --batch-size with --gradient-accumulation-steps, "

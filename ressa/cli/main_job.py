@@ -239,7 +239,7 @@ def test_batch_of(
         return args.test_batch
     return _BUNDLED_TEST_BATCH if args.model == "bundled" else _TEST_BATCH
 
-
+# %% ../../nbs/reference/command_main_job.ipynb #fa6adb0d
 def _dtype_bytes(dtype, empty):
     "Bytes of a weight."
     kind = getattr(torch, dtype, None) or getattr(empty, "dtype", torch.float32)
@@ -256,6 +256,17 @@ def _argument(args, name):
 def _trained_batch(args):
     "Examples in a step, on one device."
     return _argument(args, "per_device_train_batch_size")
+
+
+def _kept_share(pattern):
+    "The share of weights that an N:M pattern keeps."
+    kept, of = pattern.split(":")
+    return int(kept) / int(of)
+
+
+def _no_teacher(args):
+    "Whether the repair learns from labels alone."
+    return _argument(args, "distill_weight") == 0
 
 
 def _load_of(args, dtype, empty, examples, processor, targets):
@@ -278,17 +289,6 @@ def _load_of(args, dtype, empty, examples, processor, targets):
         sparsity=sum(numbers) / max(1, len(numbers)),
         checkpointing=bool(args.training.get("gradient_checkpointing")),
     )
-
-
-def _kept_share(pattern):
-    "The share of weights that an N:M pattern keeps."
-    kept, of = pattern.split(":")
-    return int(kept) / int(of)
-
-
-def _no_teacher(args):
-    "Whether the repair learns from labels alone."
-    return _argument(args, "distill_weight") == 0
 
 # %% ../../nbs/reference/command_main_job.ipynb #902e98e8
 def _check_together(args, targets):

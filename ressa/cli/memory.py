@@ -120,6 +120,32 @@ def _layer_sums(parts, load):
     return adapters, activations, largest, pruned
 
 # %% ../../nbs/reference/command_memory.ipynb #c72ebb4d
+def _states(parts, load):
+    "Bytes of the hidden states of an example: between two blocks, and inside one."
+    narrow, wide = 0, 0
+    for part, layers in parts.linears.items():
+        tokens = load.picture_tokens if part == "vision" else load.text_tokens
+        widths = [linear_shape(layer)[1] for layer in layers.values()] or [0]
+        narrow = max(narrow, tokens * min(widths))
+        wide = max(wide, tokens * max(widths))
+    return narrow * load.dtype_bytes, wide * load.dtype_bytes
+
+
+def _answering(parts, load, words):
+    "Bytes of an example that is answered: keys, values, hidden states, last logits."
+    keys = 0
+    for name, layer in parts.linears["language"].items():
+        if name.endswith(("k_proj", "v_proj", ".k", ".v", "query_key_value")):
+            keys += linear_shape(layer)[0]
+    tokens = load.text_tokens + _NEW_TOKENS
+    return (
+        tokens * keys * load.dtype_bytes
+        + 2 * _states(parts, load)[1]
+        + load.picture_bytes
+        + words * _FLOAT
+    )
+
+# %% ../../nbs/reference/command_memory.ipynb #0cede861
 def memory_needed(
     model: nn.Module,  # with or without weights
     parts: ModalityMap,  # of the model
@@ -156,32 +182,6 @@ def memory_needed(
         phases["asking the teacher"] = weights + 2 * logits + working
     return Need(held, phases)
 
-
-def _states(parts, load):
-    "Bytes of the hidden states of an example: between two blocks, and inside one."
-    narrow, wide = 0, 0
-    for part, layers in parts.linears.items():
-        tokens = load.picture_tokens if part == "vision" else load.text_tokens
-        widths = [linear_shape(layer)[1] for layer in layers.values()] or [0]
-        narrow = max(narrow, tokens * min(widths))
-        wide = max(wide, tokens * max(widths))
-    return narrow * load.dtype_bytes, wide * load.dtype_bytes
-
-
-def _answering(parts, load, words):
-    "Bytes of an example that is answered: keys, values, hidden states, last logits."
-    keys = 0
-    for name, layer in parts.linears["language"].items():
-        if name.endswith(("k_proj", "v_proj", ".k", ".v", "query_key_value")):
-            keys += linear_shape(layer)[0]
-    tokens = load.text_tokens + _NEW_TOKENS
-    return (
-        tokens * keys * load.dtype_bytes
-        + 2 * _states(parts, load)[1]
-        + load.picture_bytes
-        + words * _FLOAT
-    )
-
 # %% ../../nbs/reference/command_memory.ipynb #8c92e889
 def available_bytes(
     device: torch.device,
@@ -199,7 +199,7 @@ def available_bytes(
         return None
     return psutil.virtual_memory().available
 
-
+# %% ../../nbs/reference/command_memory.ipynb #663f2672
 def advice(
     model: nn.Module,  # with or without weights
     parts: ModalityMap,  # of the model

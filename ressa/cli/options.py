@@ -402,7 +402,7 @@ def _validate_value(name, value):
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{flag} must be a number, not {value}")
 
-
+# %% ../../nbs/reference/command_options.ipynb #da040b73
 def _validate_model(given):
     "Raise `ValueError` for options of the model that do not go together."
     if "offload_folder" in given and "device_map" not in given:

@@ -29,7 +29,6 @@ from .parsing import nearest
 # %% ../../nbs/reference/command_recipes.ipynb #8621b017
 ASSETS = Path(ressa.__file__).parent / "assets"
 _TRAINING_FILE = ASSETS / "training_keys.json"
-
 # The keys that the help shows; the others are listed by `ressa recipe --all`.
 COMMON = """
     max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps
@@ -62,7 +61,7 @@ REFUSED = {  # key of the training → what to do instead
     "deepspeed": "the RESSA loss does not support it; use fsdp",
 }
 
-
+# %% ../../nbs/reference/command_recipes.ipynb #eedc7973
 def training_keys() -> dict[str, dict[str, Any]]:
     "Key of the training → its help, default, choices, and whether it is a switch."
     return json.loads(_TRAINING_FILE.read_text(encoding="utf-8"))

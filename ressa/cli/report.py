@@ -293,7 +293,7 @@ def _draw_indices(fates, data, seed):
             break
     return sorted(chosen, key=lambda i: list(FATE_MEANINGS).index(fates[i]))
 
-
+# %% ../../nbs/reference/report.ipynb #fd64d7da
 def _description(row):
     "An alternative text: what is known of the pictures of an example."
     right = row["answer"]

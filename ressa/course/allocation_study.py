@@ -239,7 +239,7 @@ def draw_mask(
     )
     return ax
 
-
+# %% ../../nbs/studies/allocation.ipynb #49a81672
 def draw_explorer(
     state: Mapping,  # vision, language: sparsities; layer: a name
     surface: Mapping,  # as stored

@@ -176,7 +176,7 @@ def fresh_pictures(
         pictures += _as_pictures(images)
     return pictures
 
-
+# %% ../../nbs/studies/few_labels.ipynb #556147f4
 def pixel_hash(
     picture: PIL.Image.Image,  # of any mode
 ) -> str:
@@ -206,7 +206,7 @@ def known_hashes(
             known |= {pixel_hash(picture), pixel_hash(mirrored)}
     return known
 
-
+# %% ../../nbs/studies/few_labels.ipynb #815db0e5
 def unlabelled_examples(
     pictures: list[PIL.Image.Image],
     seed: int = FRESH_SEED,  # of the prompts

@@ -293,7 +293,7 @@ def _draw_batch(pictures, n, generator):
     colors = torch.cat([drawn_colors, torch.tensor([p.color for p in chosen])])
     return pixels, shapes, colors
 
-
+# %% ../../nbs/studies/real_training.ipynb #5794a724
 VISION_LR = 2e-3  # the highest learning rate of step one
 VISION_LOG_STEPS = 50
 
@@ -518,7 +518,7 @@ def share_right(
             total += len(picture.pairs)
     return right / total
 
-
+# %% ../../nbs/studies/real_training.ipynb #22aa7ad4
 def kl_to_before(
     model,  # with low-rank changes
     ids: torch.Tensor,  # (1, tokens) of a text
@@ -666,7 +666,7 @@ def _set_learning_rates(optimizer, peaks, step, steps):
     for group, peak in zip(optimizer.param_groups, peaks):
         group["lr"] = peak * min(1, rise, fall)
 
-
+# %% ../../nbs/studies/real_training.ipynb #f2be6ade
 def _training_loss(model, pictures, texts, processor, recipe, step):
     "The loss of one step, and its numbers for the log: loss, KL or None, questions."
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)

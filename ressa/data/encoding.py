@@ -135,7 +135,7 @@ def _check_text(example, name, reserved):
                 "own: remove it"
             )
 
-
+# %% ../../nbs/reference/encoding.ipynb #f671bafd
 def _image_token(processor):
     "The text with which a prompt marks the place of an image, or an empty text."
     return str(getattr(processor, "image_token", None) or "")
@@ -278,7 +278,7 @@ def _explained(error, examples, images, processor):
             return ExampleError(i, reason, example["prompt"])
     return ValueError(f"{kind} cannot read the examples together: {error}")
 
-
+# %% ../../nbs/reference/encoding.ipynb #b7767b1d
 def encode(
     examples: Sequence[Mapping[str, Any]],  # each with image and prompt
     processor: ProcessorMixin | PreTrainedTokenizerBase,  # the processor of the model

@@ -227,7 +227,7 @@ def answer_form(
         return _template_form(processor)
     return _plain_form(tokenizer_of(processor))
 
-
+# %% ../../nbs/reference/prompts.ipynb #260b1f8d
 def _forms(processor):
     "The forms that answers can have: that of the template, if any, and the plain one."
     forms = []

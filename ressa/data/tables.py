@@ -102,7 +102,7 @@ def table_of(
         columns[name] = values
     return Dataset.from_dict(columns)
 
-
+# %% ../../nbs/reference/tables.ipynb #cafa6fe6
 def _object_of(pairs):
     "An object of JSON. Raises `ValueError` for a key that comes twice."
     found = dict(pairs)

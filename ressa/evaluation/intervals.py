@@ -51,7 +51,7 @@ def bootstrap_means(
     mean_of_each_seed = (question_counts / questions) @ table.T  # (draws, seeds)
     return (mean_of_each_seed * (seed_counts / seeds)).sum(1)
 
-
+# %% ../../nbs/course/02_evaluation.ipynb #e172faa5
 def _middle(samples, level):
     "The two ends between which the middle `level` of the samples lie."
     if not 0 < level < 1:

@@ -38,7 +38,7 @@ def _listed(names: Iterable[Any]) -> str:
     shown = ", ".join(ordered[:_SHOWN])
     return f"{shown} and {more} more" if more > 0 else shown
 
-
+# %% ../../nbs/reference/weights.ipynb #454c2b10
 def _non_finite(model):
     "Names of the weights and buffers that hold NaN or infinity."
     found = []

@@ -37,7 +37,7 @@ def _both_pruned(first, second, x):
 def _zeros(weights):
     return {name: (weight == 0).tolist() for name, weight in weights.items()}
 
-
+# %% ../../../nbs/reference/checks/05_one_pass.ipynb #409bc842
 def check_prune_in_pieces(
     prune_in_pieces,  # your function of (chain, pieces, sparsity), in place
 ) -> None:

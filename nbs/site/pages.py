@@ -46,6 +46,7 @@ REFERENCE_ORDER = {
     "Pruning": [
         "engine",
         "methods",
+        "masks",
         "mask_targets",
         "statistics",
         "sparsegpt",
@@ -64,6 +65,7 @@ REFERENCE_ORDER = {
         "adapters",
         "adapter_checks",
         "kept_masks",
+        "loss_terms",
         "teachers",
         "trainer",
     ],
@@ -77,7 +79,15 @@ REFERENCE_ORDER = {
         "progress",
     ],
     "Command": [],  # whatever begins with `command`, results, report, model_card
-    "Course": ["page_style", "palette", "explorers", "checking", "studies", "bench"],
+    "Course": [
+        "page_style",
+        "palette",
+        "explorers",
+        "checking",
+        "studies",
+        "bench",
+        "layer_inputs",
+    ],
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from ressa.adaptation.distillation import (
+from ressa.adaptation.loss_terms import (
     Targets,
     answer_places,
     flat_logits,

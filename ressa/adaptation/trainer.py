@@ -17,13 +17,13 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from ressa.adaptation.distillation import (
+from .distillation import ressa_loss
+from ressa.adaptation.loss_terms import (
     Targets,
     flat_logits,
     loss_terms,
     require_positions,
     require_temperature,
-    ressa_loss,
 )
 from ressa.adaptation.teachers import (
     CachedTeacher,

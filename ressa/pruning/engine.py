@@ -118,6 +118,47 @@ _FROM_OUTSIDE = (
     "image_hidden_states",
 )
 
+
+def _memory_of(tensor):
+    "What tells the memory of a tensor from that of all others that live."
+    address = tensor.untyped_storage().data_ptr()
+    return address if address else id(tensor)  # a wrapper has no memory of its own
+
+
+class _Outside:
+    "What the attentions of a pass are handed from another part or stack."
+
+    def __init__(self):
+        self.tensors: dict[int, torch.Tensor] = {}  # `_memory_of` → tensor
+
+    def __contains__(self, x):
+        return _memory_of(x) in self.tensors
+
+    @contextmanager
+    def noted(self, model, layers):
+        "While the block runs, note what the modules that hold layers are handed."
+        wanted = set(layers.values())
+        with ExitStack() as undo:
+            undo.callback(self.tensors.clear)
+            for module in model.modules():
+                if wanted.isdisjoint(module.children()):
+                    continue
+                names = list(inspect.signature(module.forward).parameters)
+                note = partial(self._note, names)
+                hook = module.register_forward_pre_hook(note, with_kwargs=True)
+                undo.enter_context(hook)
+            yield
+
+    def _note(self, names, module, args, kwargs):
+        "Remember the arguments that come from outside."
+        given = dict(zip(names, args)) | kwargs
+        for name in _FROM_OUTSIDE:
+            value = given.get(name)
+            own = given.get(names[0]) if names else None
+            if isinstance(value, torch.Tensor) and value is not own:
+                # the tensor is held, so that its memory is not given to another one
+                self.tensors[_memory_of(value)] = value
+
 # %% ../../nbs/reference/engine.ipynb #bf47bc8e
 class _Tiles:
     "Which patches of a vision part are of a picture, where it fills up with tiles."
@@ -161,10 +202,12 @@ class _Tiles:
 _READ_TEXT = ("gated_cross_attn_layers",)
 
 
-def _memory_of(tensor):
-    "What tells the memory of a tensor from that of all others that live."
-    address = tensor.untyped_storage().data_ptr()
-    return address if address else id(tensor)  # a wrapper has no memory of its own
+def _token_mask(batch, name):
+    "A mask of the batch as truth values (examples, tokens); None without such a one."
+    mask = batch.get(name)
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return None
+    return mask.bool()
 
 # %% ../../nbs/reference/engine.ipynb #d9058a99
 class _Masks:
@@ -174,12 +217,12 @@ class _Masks:
         self.has_two_stacks = any(
             getattr(config, "is_encoder_decoder", False) for config in _configs(model)
         )
-        self.is_token = self._as_bool(batch.get("attention_mask"))
-        self.is_answer = self._as_bool(batch.get("decoder_attention_mask"))
+        self.is_token = _token_mask(batch, "attention_mask")
+        self.is_answer = _token_mask(batch, "decoder_attention_mask")
         if self.is_answer is None and isinstance(batch.get("labels"), torch.Tensor):
             self.is_answer = batch["labels"] != IGNORED
         # a Q-Former reads the question behind its queries
-        self.is_question = self._as_bool(batch.get("qformer_attention_mask"))
+        self.is_question = _token_mask(batch, "qformer_attention_mask")
         config = getattr(model, "config", None)
         self.n_queries = getattr(config, "num_query_tokens", None)
         self.tiles = _Tiles.of(batch, model)
@@ -189,17 +232,11 @@ class _Masks:
             path.endswith(("language_model.encoder", "encoder.text_model"))
             for path, _ in model.named_modules()
         )
-        self.from_outside: dict[int, torch.Tensor] = {}  # `_memory_of` → tensor
-
-    @staticmethod
-    def _as_bool(mask):
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            return None
-        return mask.bool()
+        self.outside = _Outside()
 
     def mask_of(self, name, part, x) -> torch.Tensor | None:  # (examples, tokens)
         "The mask of the input `x` of a layer; None if it has no padding."
-        comes_from_outside = _memory_of(x) in self.from_outside
+        comes_from_outside = x in self.outside
         if part == "interface":
             return None if comes_from_outside else self._mask_of_interface(name, x)
         if self.tiles is not None and (part == "vision" or comes_from_outside):
@@ -229,31 +266,6 @@ class _Masks:
             queries = self.is_question.new_ones(len(self.is_question), n_queries)
             return torch.cat([queries, self.is_question], 1)
         return None
-
-    @contextmanager
-    def watched(self, model, layers):
-        "While the block runs, note what the attentions are handed from outside."
-        wanted = set(layers.values())
-        with ExitStack() as undo:
-            undo.callback(self.from_outside.clear)
-            for module in model.modules():
-                if wanted.isdisjoint(module.children()):
-                    continue
-                names = list(inspect.signature(module.forward).parameters)
-                note = partial(self._note, names)
-                hook = module.register_forward_pre_hook(note, with_kwargs=True)
-                undo.enter_context(hook)
-            yield
-
-    def _note(self, names, module, args, kwargs):
-        "Remember the arguments that come from outside."
-        given = dict(zip(names, args)) | kwargs
-        for name in _FROM_OUTSIDE:
-            value = given.get(name)
-            own = given.get(names[0]) if names else None
-            if isinstance(value, torch.Tensor) and value is not own:
-                # the tensor is held, so that its memory is not given to another one
-                self.from_outside[_memory_of(value)] = value
 
 # %% ../../nbs/reference/engine.ipynb #p1engA
 class _Inputs:
@@ -297,32 +309,34 @@ class _Inputs:
             self._statistics_of[x] = self.measured(name, x)
         return self._statistics_of[x]
 
-    def statistics_of_all(self, model, batch, layers) -> dict[str, Statistics]:
-        "The statistics of each layer that a pass over the batch reaches, by name."
-        found: dict[str, Statistics] = {}
+# %% ../../nbs/reference/engine.ipynb #a98ed4d8
+def _statistics_of_all(inputs, model, batch, layers) -> dict[str, Statistics]:
+    "The statistics of each layer that a pass over the batch reaches, by name."
+    found: dict[str, Statistics] = {}
 
-        def measure(name, layer, x):
-            found[name] = self.statistics(name, x)
+    def measure(name, layer, x):
+        found[name] = inputs.statistics(name, x)
 
-        with (
-            before_first_call(layers, measure),
-            leaving_when_called(model, layers),
-        ):
-            model(**batch)
-        return found
+    with (
+        before_first_call(layers, measure),
+        leaving_when_called(model, layers),
+    ):
+        model(**batch)
+    return found
 
-    def statistics_in_pieces(self, layers, forward, pieces) -> dict[str, Statistics]:
-        "The statistics of some layers of a block, summed over the pieces of its input."
-        found: dict[str, Statistics] = {}
-        for piece in pieces:
-            inputs = inputs_of(layers, forward, piece.args, piece.kwargs)
-            for name, x in inputs.items():
-                stats = self.measured(name, x, slice(piece.start, piece.end))
-                if name in found:
-                    found[name].add(stats)
-                else:
-                    found[name] = stats
-        return found
+
+def _statistics_in_pieces(inputs, layers, forward, pieces) -> dict[str, Statistics]:
+    "The statistics of some layers of a block, summed over the pieces of its input."
+    found: dict[str, Statistics] = {}
+    for piece in pieces:
+        inputs_of_layers = inputs_of(layers, forward, piece.args, piece.kwargs)
+        for name, x in inputs_of_layers.items():
+            stats = inputs.measured(name, x, slice(piece.start, piece.end))
+            if name in found:
+                found[name].add(stats)
+            else:
+                found[name] = stats
+    return found
 
 # %% ../../nbs/reference/engine.ipynb #8c7ccd70
 def _configs(model):
@@ -382,8 +396,8 @@ def input_statistics(
     parts = modality_map(model)
     batch = to_device(batch, input_device(model))
     inputs = _Inputs(method_of(method), batch, parts.part_of, model)
-    with _evaluation_mode(model), inputs.masks.watched(model, parts.layers):
-        return inputs.statistics_of_all(model, batch, parts.layers)
+    with _evaluation_mode(model), inputs.masks.outside.noted(model, parts.layers):
+        return _statistics_of_all(inputs, model, batch, parts.layers)
 
 # %% ../../nbs/reference/engine.ipynb #2dbe6656
 def _block_of(model, layers, called=None) -> dict[str, str]:
@@ -435,6 +449,13 @@ def _survey(model, batch, layers) -> tuple[list[list[str]], dict[str, str]]:
     met = {name for group in groups for name in group}
     return groups + [[name] for name in layers if name not in met], block_of
 
+# %% ../../nbs/reference/engine.ipynb #6d7e7919
+def _why_dense(layer, stats):
+    "Why a layer with these input statistics cannot be pruned; None if it can."
+    if not StoredWeight(layer).read().isfinite().all():
+        return "its weight holds NaN or infinity"
+    return unusable(stats)
+
 # %% ../../nbs/reference/engine.ipynb #fe0e605a
 @dataclass
 class _Pruner:
@@ -454,21 +475,12 @@ class _Pruner:
     # layers with a new weight → the old one, if it is kept
     replaced: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
-    def leave_if_done(self):
-        "Leave the pass if all layers are done: logits and loss are not needed."
-        if len(self.done) == len(self.layers) and not is_placed(self.model):
-            raise Reached
-
     def prune_group(self, names, stats, started):
         "Prune layers whose input has these statistics; `started` is on the clock."
         self.done.update(names)
         names_of_setting = defaultdict(list)
         for name in names:
-            weight = StoredWeight(self.layers[name]).read()
-            if weight.isfinite().all():
-                reason = unusable(stats)
-            else:
-                reason = "its weight holds NaN or infinity"
+            reason = _why_dense(self.layers[name], stats)
             if reason is None:
                 setting = self.targets[name], self.groups.get(name)
                 names_of_setting[setting].append(name)
@@ -483,9 +495,8 @@ class _Pruner:
         stored = [StoredWeight(self.layers[name]) for name in names]
         device = stats.square_sum.device
         dense = [weight.read().to(device) for weight in stored]
-        method = self.inputs.method
         options = self.options if group is None else self.options | {"group": group}
-        pruned = prune_weights(dense, stats, target, method, **options)
+        pruned = prune_weights(dense, stats, target, self.inputs.method, **options)
         # The errors come first: `dense` may be the very tensors that are overwritten.
         errors = [estimated_error(old, new, stats) for old, new in zip(dense, pruned)]
         for name, weight, new in zip(names, stored, pruned):
@@ -507,6 +518,12 @@ class _Pruner:
             self.report.layers.append(line)
 
 # %% ../../nbs/reference/engine.ipynb #5b3d8fb7
+def _leave_if_done(pruner):
+    "Leave the pass if all layers are done: logits and loss are not needed."
+    if len(pruner.done) == len(pruner.layers) and not is_placed(pruner.model):
+        raise Reached
+
+
 def _prune_before_call(pruner, groups):
     "While the returned context is open, layers are pruned in flight, group by group."
     group_of = {name: group for group in groups for name in group}
@@ -516,7 +533,7 @@ def _prune_before_call(pruner, groups):
             started = time.perf_counter()
             stats = pruner.inputs.statistics(name, x)
             pruner.prune_group(group_of[name], stats, started)
-        pruner.leave_if_done()
+        _leave_if_done(pruner)
 
     layers = {name: pruner.layers[name] for name in group_of}
     return before_first_call(layers, prune_its_group)
@@ -525,7 +542,7 @@ def _prune_before_call(pruner, groups):
 def _prune_on_dense_inputs(pruner, groups):
     "Measure all layers on the dense model, then prune."
     model, batch, layers = pruner.model, pruner.batch, pruner.layers
-    statistics = pruner.inputs.statistics_of_all(model, batch, layers)
+    statistics = _statistics_of_all(pruner.inputs, model, batch, layers)
     for group in groups:
         if group[0] in statistics:
             started = time.perf_counter()
@@ -536,7 +553,7 @@ def _prune_together(pruner, groups, forward, pieces):
     "Measure groups of one block in one run over its pieces, then prune them."
     started = time.perf_counter()
     layers = {group[0]: pruner.layers[group[0]] for group in groups}
-    statistics = pruner.inputs.statistics_in_pieces(layers, forward, pieces)
+    statistics = _statistics_in_pieces(pruner.inputs, layers, forward, pieces)
     for group in groups:
         if group[0] in statistics:
             pruner.prune_group(group, statistics[group[0]], started)
@@ -561,7 +578,7 @@ def _prune_in_pieces(pruner, groups, block_of, micro_batch, recompute):
                 _prune_together(pruner, [group], forward, pieces)
         elif groups:
             _prune_together(pruner, groups, forward, pieces)
-        pruner.leave_if_done()
+        _leave_if_done(pruner)
 
     n = number_of_examples(pruner.batch)
     with (
@@ -576,6 +593,26 @@ def _prune_in_pieces(pruner, groups, block_of, micro_batch, recompute):
         ),
     ):
         pruner.model(**pruner.batch)
+
+# %% ../../nbs/reference/engine.ipynb #699c51fa
+def _prune_on_the_way(pruner, micro_batch, recompute, dense_statistics):
+    "Prune all layers in one pass over the model, in the way that the options ask for."
+    model, batch, layers = pruner.model, pruner.batch, pruner.layers
+    if dense_statistics:
+        readers, _ = _survey(model, batch, layers)
+        _prune_on_dense_inputs(pruner, readers)
+    elif micro_batch is not None:
+        readers, block_of = _survey(model, batch, layers)
+        with leaving_at_head(model, layers):
+            _prune_in_pieces(pruner, readers, block_of, micro_batch, recompute)
+    else:
+        # A survey costs a pass of its own, and only a stacked method gains by it:
+        # single layers with a common input share its statistics anyway.
+        readers = [[name] for name in layers]
+        if pruner.inputs.method.stacked:
+            readers, _ = _survey(model, batch, layers)
+        with _prune_before_call(pruner, readers), leaving_at_head(model, layers):
+            model(**batch)
 
 # %% ../../nbs/reference/engine.ipynb #7805a3b5
 def _check_options(micro_batch, recompute, dense_statistics):
@@ -709,23 +746,9 @@ def prune_layers(
         bar,
         _evaluation_mode(model),
         _restored_on_failure(pruner),
-        inputs.masks.watched(model, layers),
+        inputs.masks.outside.noted(model, layers),
     ):
-        if dense_statistics:
-            readers, _ = _survey(model, batch, layers)
-            _prune_on_dense_inputs(pruner, readers)
-        elif micro_batch is not None:
-            readers, block_of = _survey(model, batch, layers)
-            with leaving_at_head(model, layers):
-                _prune_in_pieces(pruner, readers, block_of, micro_batch, recompute)
-        else:
-            # A survey costs a pass of its own, and only a stacked method gains by it:
-            # single layers with a common input share its statistics anyway.
-            readers = [[name] for name in layers]
-            if inputs.method.stacked:
-                readers, _ = _survey(model, batch, layers)
-            with _prune_before_call(pruner, readers), leaving_at_head(model, layers):
-                model(**batch)
+        _prune_on_the_way(pruner, micro_batch, recompute, dense_statistics)
     for name in layers:
         if name not in pruner.done:
             pruner.report.left_dense[name] = "no calibration token reached it"

@@ -55,6 +55,16 @@ def _keep_nonzero_(weight, kept):
         smallest = 2.0**-24  # its normal numbers end at 6e-5; no device flushes these
     return weight.masked_fill_(kept & (weight == 0), smallest)
 
+
+def _require_record(weight, record):
+    "Raise `ValueError` if a base weight holds other zeros than recorded."
+    found = mask_record(weight)
+    if found != record:
+        raise ValueError(
+            "the base weight has other zeros than when the adapter was made: "
+            f"{found}, not {record}. Put the pruned weight back"
+        )
+
 # %% ../../nbs/reference/kept_masks.ipynb #eaf94f06
 class KeepsMask(LoraLinear):
     "A LoRA layer of PEFT that holds its base weight to the recorded mask."
@@ -80,12 +90,7 @@ class KeepsMask(LoraLinear):
         is_whole = weight.shape == (shape[::-1] if self.fan_in_fan_out else shape)
         if self.mask_record is None or weight.is_meta or not is_whole:
             return  # FSDP has placeholders and pieces
-        found = mask_record(weight)
-        if found != self.mask_record:
-            raise ValueError(
-                "the base weight has other zeros than when the adapter was made: "
-                f"{found}, not {self.mask_record}. Put the pruned weight back"
-            )
+        _require_record(weight, self.mask_record)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None):
         "Add the update to the base weight; every zero stays, and no other is made."

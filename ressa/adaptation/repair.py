@@ -186,7 +186,7 @@ def _one_pass(data, examples_a_step):
     return -(-len(data) // examples_a_step)  # rounded up
 
 
-def _chosen(model, data, preset, accumulated, given):
+def _chosen(model, data, preset, arguments, given):
     "Steps, batch size, rate, ranks, alpha: as the call, preset or default says."
     require_preset(preset)
     chosen = dict(
@@ -206,17 +206,19 @@ def _chosen(model, data, preset, accumulated, given):
     chosen |= {name: value for name, value in given.items() if value is not None}
     if preset is not None and given["steps"] is None:
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        chosen["steps"] = _one_pass(
-            data, chosen["batch_size"] * accumulated * processes
-        )
+        batches = arguments.get("gradient_accumulation_steps", 1) * processes
+        chosen["steps"] = _one_pass(data, chosen["batch_size"] * batches)
     return chosen
 
 # %% ../../nbs/reference/repair.ipynb #new
-def _default_arguments(model, steps, batch_size, folder, patience, preset):
+def _default_arguments(model, chosen, folder, patience, preset):
     "A cosine schedule, twenty lines of log, one checkpoint kept, and early stopping."
+    steps = chosen["steps"]
     defaults = dict(
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
+        per_device_train_batch_size=chosen["batch_size"],
+        per_device_eval_batch_size=chosen["batch_size"],
+        learning_rate=chosen["learning_rate"],
+        seed=chosen["seed"],
         max_steps=steps,
         preset=preset,
         logging_steps=max(1, steps // 20),
@@ -363,13 +365,13 @@ def _train_or_resume(trainer, folder):
     trainer._load_from_checkpoint(checkpoint)
 
 # %% ../../nbs/reference/repair.ipynb #70a628e1
-def _score(model, held_out, processor, batch_size):
+def _score(model, held_out, processor, args):
     "Score on the held-out examples, in [0, 1]; None where there are none."
     if held_out is None:
         return None
-    return evaluate(
-        model, held_out, processor, batch_size=batch_size, progress=False
-    ).score
+    batch_size = args.per_device_eval_batch_size
+    judged = evaluate(model, held_out, processor, batch_size=batch_size, progress=False)
+    return judged.score
 
 
 def _warn_of_seen(data, held_out):
@@ -484,6 +486,30 @@ def _unchanged_on_failure(model, device):
             model.to(device)
         raise
 
+# %% ../../nbs/reference/repair.ipynb #2345b350
+def _repaired(model, teacher, args, checkpoints, ranks, of_trainer):
+    "Train and merge an adapter: the report of the repair, without a held-out score."
+    masks, device = zero_masks(model), input_device(model)
+    start = time.perf_counter()
+    set_seed(args.seed)
+    with (
+        _trained_as_before(model, getattr(teacher, "model", teacher)),
+        _unchanged_on_failure(model, device) as before_training,
+    ):
+        student = adapt(model, **ranks)
+        before_training.update(_values_of_trained(student))
+        trained = trainable_weights(student)
+        trainer = RessaTrainer(student, args, teacher, **of_trainer)
+        _train_or_resume(trainer, checkpoints)
+        model = _merged(student, ranks["adapter"], masks, device)
+    return RepairReport(
+        model=model,
+        log=trainer.state.log_history,
+        trained=trained,
+        zeros_filled=zeros_filled(masks, model),
+        seconds=time.perf_counter() - start,
+    )
+
 # %% ../../nbs/reference/repair.ipynb #e722b722
 def repair(
     model: nn.Module,  # a pruned model; changed in place
@@ -517,60 +543,30 @@ def repair(
     before the model is changed. A repair that fails leaves the model as it was.
     """
     given: dict = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
-    given |= dict(r=r, lora_alpha=lora_alpha)
-    accumulated = arguments.get("gradient_accumulation_steps", 1)
-    chosen = _chosen(model, data, preset, accumulated, given)
-    ranks = dict(adapter=adapter, r=chosen["r"], lora_alpha=chosen["lora_alpha"])
+    given |= dict(r=r, lora_alpha=lora_alpha, seed=seed)
+    chosen = _chosen(model, data, preset, arguments, given)
     _check_request(chosen, held_out, patience)
     _check_device(model, arguments.get("use_cpu"))
-    defaults = _default_arguments(
-        model, chosen["steps"], chosen["batch_size"], folder, patience, preset
-    )
-    defaults |= dict(learning_rate=chosen["learning_rate"], seed=seed)
-    settings = defaults | arguments
+    settings = _default_arguments(model, chosen, folder, patience, preset) | arguments
+    ranks = dict(adapter=adapter, r=chosen["r"], lora_alpha=chosen["lora_alpha"])
     watched = None if patience is None else held_out  # its loss, while training
-    callbacks = [] if patience is None else [EarlyStoppingCallback(patience)]
     with _checkpoint_folder(folder) as checkpoints:
         args = RessaArguments(str(checkpoints), **settings)
         require_training_data(teacher, args, data, watched)
         _warn_of_seen(data, held_out)
-        before = _score(model, held_out, processor, args.per_device_eval_batch_size)
-        masks, device = zero_masks(model), input_device(model)
+        before = _score(model, held_out, processor, args)
         if folder is not None:
             run = _run_of(model, data, teacher, watched, args, **ranks)
             _check_run(run, checkpoints, args)
-        start = time.perf_counter()
-        set_seed(seed)
-        with (
-            _trained_as_before(model, getattr(teacher, "model", teacher)),
-            _unchanged_on_failure(model, device) as before_training,
-        ):
-            student = adapt(model, **ranks)
-            before_training.update(_values_of_trained(student))
-            trained = trainable_weights(student)
-            datasets = dict(train_dataset=data, eval_dataset=watched)
-            trainer = RessaTrainer(
-                student,
-                args,
-                teacher,
-                processor,
-                callbacks=callbacks,
-                data_collator=data_collator,
-                **datasets,
-            )
-            _train_or_resume(trainer, checkpoints)
-            model = _merged(student, adapter, masks, device)
-    report = RepairReport(
-        model=model,
-        log=trainer.state.log_history,
-        trained=trained,
-        zeros_filled=zeros_filled(masks, model),
-        seconds=time.perf_counter() - start,
-    )
-    if held_out is not None:
-        report.held_out = (
-            before,
-            _score(model, held_out, processor, args.per_device_eval_batch_size),
+        of_trainer = dict(
+            processor=processor,
+            train_dataset=data,
+            eval_dataset=watched,
+            callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+            data_collator=data_collator,
         )
+        report = _repaired(model, teacher, args, checkpoints, ranks, of_trainer)
+    if held_out is not None:
+        report.held_out = before, _score(report.model, held_out, processor, args)
         _warn_of_harm(*report.held_out)
     return report

@@ -142,6 +142,27 @@ def _without_adapters_and_dropout(student):
         for weight, requires_grad in trained:  # PEFT turns them all on
             weight.requires_grad_(requires_grad)
 
+# %% ../../nbs/reference/teachers.ipynb #f485150b
+def _layers_of(student, removed):
+    "The layers that hold pruned weights. Raises `ValueError` if some are missing."
+    layers = []
+    for module in student.modules():
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight in removed:
+            layers.append(module)
+    if len(layers) < len(removed):
+        raise ValueError(
+            "the student does not hold the weights that this teacher was made of: "
+            "make the teacher of the very model that is trained"
+        )
+    return layers
+
+
+def _require_frozen(weights):
+    "Raise `ValueError` if a weight is trained."
+    if any(weight.requires_grad for weight in weights):
+        raise ValueError("the student's own weights are trained: use another teacher")
+
 # %% ../../nbs/reference/teachers.ipynb #1b539833
 class SelfTeacher:
     """The student with its removed weights put back while it is asked, and no adapter.
@@ -182,29 +203,13 @@ class SelfTeacher:
         "Bytes that it keeps: the removed values."
         return sum(values.nbytes for values in self.removed.values())
 
-    def _pruned_layers(self, student):
-        layers = []
-        for module in student.modules():
-            weight = dict(module.named_parameters(recurse=False)).get("weight")
-            if weight in self.removed:
-                layers.append(module)
-        return layers
-
     def __call__(
         self,
         student: nn.Module,  # the pruned model, with adapters or without
         batch: dict,  # what its forward pass takes, with or without targets
     ) -> torch.Tensor:  # logits (examples, tokens, vocabulary) of the dense model
-        layers = self._pruned_layers(student)
-        if len(layers) < len(self.removed):
-            raise ValueError(
-                "the student does not hold the weights that this teacher was made of: "
-                "make the teacher of the very model that is trained"
-            )
-        if any(weight.requires_grad for weight in self.weights):
-            raise ValueError(
-                "the student's own weights are trained: use another teacher"
-            )
+        layers = _layers_of(student, self.removed)
+        _require_frozen(self.weights)
         for weight, values in self.removed.items():
             self.removed[weight] = values.to(weight)  # copied if the student has moved
         _check_zeros(self.removed)

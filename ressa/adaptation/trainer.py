@@ -90,6 +90,25 @@ def require_preset(
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {list(PRESETS)}, not {preset!r}")
 
+# %% ../../nbs/reference/trainer.ipynb #3aa40c6f
+def _take_preset(args):
+    "Give each argument that has its default the value of the preset."
+    require_preset(args.preset)
+    default_of = {option.name: option.default for option in fields(args)}
+    for name, value in PRESETS.get(args.preset, {}).items():
+        if getattr(args, name) == default_of[name]:
+            setattr(args, name, value)
+
+
+def _require_fixed(args):
+    "Raise `ValueError` for an argument that the RESSA loss does not obey."
+    for name, right in _FIXED_ARGUMENTS.items():
+        value = getattr(args, name)
+        if value not in right:
+            raise ValueError(
+                f"the RESSA loss does not support {name}={value!r}: leave it out"
+            )
+
 # %% ../../nbs/reference/trainer.ipynb #4a6fe313
 @dataclass
 class RessaArguments(TrainingArguments):
@@ -125,22 +144,9 @@ class RessaArguments(TrainingArguments):
         default="none", metadata={"help": "loggers to report to"}
     )
 
-    def _take_preset(self):
-        "Give each argument that has its default the value of the preset."
-        require_preset(self.preset)
-        default_of = {option.name: option.default for option in fields(self)}
-        for name, value in PRESETS.get(self.preset, {}).items():
-            if getattr(self, name) == default_of[name]:
-                setattr(self, name, value)
-
     def __post_init__(self):
-        self._take_preset()
-        for name, right in _FIXED_ARGUMENTS.items():
-            value = getattr(self, name)
-            if value not in right:
-                raise ValueError(
-                    f"the RESSA loss does not support {name}={value!r}: leave it out"
-                )
+        _take_preset(self)
+        _require_fixed(self)
         super().__post_init__()
         if not 0 <= self.distill_weight <= 1:
             raise ValueError(
@@ -242,39 +248,40 @@ class _Step(NamedTuple):
     batches: int  # of the step: accumulated ones, of all processes
     processes: int
 
+
+def _step_of(trainer, model, num_items_in_batch):
+    "The step of a batch; in an evaluation, a batch is one of its own."
+    if num_items_in_batch is None or not model.training:
+        return _Step(tokens=None, batches=1, processes=1)
+    # Without this option the tokens are those of one process: DDP's mean of the
+    # gradients is then the mean over processes, and no sum is to be restored.
+    shared = trainer.args.average_tokens_across_devices
+    processes = trainer.accelerator.num_processes if shared else 1
+    batches = processes * trainer.current_gradient_accumulation_steps
+    return _Step(num_items_in_batch, batches, processes)
+
+# %% ../../nbs/reference/trainer.ipynb #67e1606f
+def _targets_of(said, inputs, labels, positions, causal, pictures):
+    "What is learned of what the teacher said: targets and positions of `loss_terms`."
+    is_cached = isinstance(said, Targets)
+    if positions == "all" and not is_cached:
+        return said, "all"  # padding too, as in the paper's code
+    distilled = distilled_tokens(
+        inputs, labels, positions, causal=causal, pictures=pictures
+    )
+    targets = said
+    if not is_cached:
+        # Only these rows are kept while the student computes its own logits.
+        targets = Targets(flat_logits(said, labels)[distilled.flatten()])
+    # A mean over answer tokens has a word, not a mask: see `loss_terms`.
+    return targets, "answer" if positions == "answer" else distilled
+
 # %% ../../nbs/reference/trainer.ipynb #09d1e96f
 class _WithRessaLoss(_MeansLogged):
     """The RESSA loss of a batch.
 
     `teacher`, `causal` and `pictures` (tokens) are set by `RessaTrainer`.
     """
-
-    def _targets(self, student, inputs, labels):
-        "What the teacher says, and where: targets and positions of `loss_terms`."
-        found = self.teacher(student, inputs)
-        positions = self.args.positions
-        is_cached = isinstance(found, Targets)
-        if positions == "all" and not is_cached:
-            return found, "all"  # padding too, as in the paper's code
-        distilled = distilled_tokens(
-            inputs, labels, positions, causal=self.causal, pictures=self.pictures
-        )
-        if not is_cached:
-            # Only these rows are kept while the student computes its own logits.
-            found = Targets(flat_logits(found, labels)[distilled.flatten()])
-        # A mean over answer tokens has a word, not a mask: see `loss_terms`.
-        return found, "answer" if positions == "answer" else distilled
-
-    def _step_of(self, model, num_items_in_batch):
-        "The step of a batch; in an evaluation, a batch is one of its own."
-        if num_items_in_batch is None or not model.training:
-            return _Step(tokens=None, batches=1, processes=1)
-        # Without this option the tokens are those of one process: DDP's mean of the
-        # gradients is then the mean over processes, and no sum is to be restored.
-        shared = self.args.average_tokens_across_devices
-        processes = self.accelerator.num_processes if shared else 1
-        batches = processes * self.current_gradient_accumulation_steps
-        return _Step(num_items_in_batch, batches, processes)
 
     def _shares(self, logits, targets, labels, positions, step):
         "What the batch adds to both terms of its step."
@@ -310,10 +317,13 @@ class _WithRessaLoss(_MeansLogged):
         targets, positions = None, "answer"
         if weight > 0:
             student = self.accelerator.unwrap_model(model)
-            targets, positions = self._targets(student, inputs, labels)
+            said = self.teacher(student, inputs)
+            targets, positions = _targets_of(
+                said, inputs, labels, self.args.positions, self.causal, self.pictures
+            )
         outputs = model(**model_inputs(inputs))
 
-        step = self._step_of(model, num_items_in_batch)
+        step = _step_of(self, model, num_items_in_batch)
         task, divergence = self._shares(
             outputs.logits, targets, labels, positions, step
         )
@@ -382,12 +392,41 @@ def _shared_words(teacher, model, processor):
         )
     return words
 
+# %% ../../nbs/reference/trainer.ipynb #2f22cb63
+def _require_own_loss(model, compute_loss_func):
+    "Raise `ValueError` for another loss, or a wrapped model."
+    if compute_loss_func is not None:
+        raise ValueError(
+            "RessaTrainer has a loss of its own: leave compute_loss_func out, or "
+            "use transformers.Trainer"
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(
+            f"the model is wrapped ({type(model).__name__}): "
+            "pass model.module, and "
+            "start a process for each GPU with torchrun"
+        )
+
 
 def _collate_checked(examples, processor, causal, rules):
     "A batch of examples that fits the model. Raises `ValueError`."
     batch = collate_targets(examples, processor, causal)
     rules.require(batch)
     return batch
+
+
+def _collator_of(model, processor, examples):
+    "The function that makes batches for a model, tried on the first of the examples."
+    collator = functools.partial(
+        _collate_checked,
+        processor=processor,
+        causal=is_causal(model),
+        rules=batch_rules(model),
+    )
+    # a stream may be read only once
+    if examples is not None and hasattr(examples, "__len__"):
+        collator([examples[0]])  # an error comes before the training starts
+    return collator
 
 # %% ../../nbs/reference/trainer.ipynb #7e406de8
 class RessaTrainer(_WithRessaLoss):
@@ -405,17 +444,7 @@ class RessaTrainer(_WithRessaLoss):
         processor=None,  # encodes the examples; None: pass a `data_collator`
         **kwargs,  # of `Trainer`: train_dataset, eval_dataset, callbacks, …
     ):
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "RessaTrainer has a loss of its own: leave compute_loss_func out, or "
-                "use transformers.Trainer"
-            )
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise ValueError(
-                f"the model is wrapped ({type(model).__name__}): "
-                "pass model.module, and "
-                "start a process for each GPU with torchrun"
-            )
+        _require_own_loss(model, kwargs.get("compute_loss_func"))
         require_training_data(
             teacher,
             args,
@@ -432,17 +461,8 @@ class RessaTrainer(_WithRessaLoss):
         if isinstance(self.teacher, ModelTeacher):
             self.words = _shared_words(self.teacher, model, processor)
         if processor is not None and kwargs.get("data_collator") is None:
-            collator = functools.partial(
-                _collate_checked,
-                processor=processor,
-                causal=self.causal,
-                rules=batch_rules(model),
-            )
             examples = kwargs.get("train_dataset")
-            # a stream may be read only once
-            if examples is not None and hasattr(examples, "__len__"):
-                collator([examples[0]])  # an error comes before the training starts
-            kwargs["data_collator"] = collator
+            kwargs["data_collator"] = _collator_of(model, processor, examples)
         super().__init__(model, args, processing_class=processor, **kwargs)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)

@@ -9,6 +9,7 @@ __all__ = ['SAME_LOSS', 'START_SHARE', 'cheapest_first', 'language_with_head', '
 import heapq
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,8 +117,53 @@ def before_language(
 # %% ../../nbs/reference/search.ipynb #341d49d3
 SAME_LOSS = 1e-2  # relative: 16-bit numbers are rounded; a shift is much more
 
+
+def _has_same_loss_alone(model, batch):
+    "Whether the language model alone has the loss of the model, as it should."
+    whole = calibration_loss(model, batch)
+    if not math.isfinite(whole):
+        raise ValueError(f"the loss of the calibration batch is {whole}")
+    try:
+        module, inputs = before_language(model, batch)
+        alone = calibration_loss(module, inputs)
+    except Exception:  # it does not take the labels of the whole
+        return False
+    # a decoder may shift the labels that its model has shifted already
+    return math.isclose(alone, whole, rel_tol=SAME_LOSS)
+
+
+class _TrialLoss:
+    "The calibration loss of a model whose layers are changed between the calls."
+
+    def __init__(self, model, batch):
+        self.model = model
+        self.batch = batch
+        self.from_language_alone = _has_same_loss_alone(model, batch)
+        # of `before_language`, while the front is unchanged
+        self.from_language: tuple[nn.Module, dict] | None = None
+
+    def forget_front(self):
+        "A layer before the language model has changed."
+        self.from_language = None
+
+    def __call__(self):
+        if not self.from_language_alone:
+            return calibration_loss(self.model, self.batch)
+        if self.from_language is None:
+            self.from_language = before_language(self.model, self.batch)
+        module, inputs = self.from_language
+        return calibration_loss(module, inputs)
+
 # %% ../../nbs/reference/search.ipynb #3b48e415
-class TrialModel:
+def _weight_at(target, dense, stats, method):
+    "A dense weight pruned to a target, or itself where there is nothing to prune by."
+    if not target or stats is None:
+        return dense
+    (pruned,) = prune_weights([dense], stats, target, method)
+    return pruned
+
+# %% ../../nbs/reference/search.ipynb #3286735b
+class TrialModel(AbstractContextManager):
     "A model that is pruned to one allocation after another, to compare their losses."
 
     def __init__(
@@ -139,22 +185,8 @@ class TrialModel:
             name: layer.weight.data for name, layer in self.layers.items()
         }
         self.applied: dict[str, float | str] = {}  # layer name → target it has now
-        self.from_language_alone = self._has_same_loss_alone()
-        # of `before_language`, while the front is unchanged
-        self._from_language: tuple[nn.Module, dict] | None = None
-
-    def _has_same_loss_alone(self):
-        "Whether the language model alone has the loss of the model, as it should."
-        whole = calibration_loss(self.model, self.batch)
-        if not math.isfinite(whole):
-            raise ValueError(f"the loss of the calibration batch is {whole}")
-        try:
-            module, inputs = before_language(self.model, self.batch)
-            alone = calibration_loss(module, inputs)
-        except Exception:  # it does not take the labels of the whole
-            return False
-        # a decoder may shift the labels that its model has shifted already
-        return math.isclose(alone, whole, rel_tol=SAME_LOSS)
+        self._loss = _TrialLoss(self.model, self.batch)
+        self.from_language_alone = self._loss.from_language_alone
 
     def apply(
         self,
@@ -167,15 +199,13 @@ class TrialModel:
                 self._set(name, target)
 
     def _set(self, name, target):
-        weight = self.dense_weights[name]
-        if target and name in self.stats:
-            stats = self.stats[name]
-            (weight,) = prune_weights([weight], stats, target, self.method)
+        dense, stats = self.dense_weights[name], self.stats.get(name)
+        weight = _weight_at(target, dense, stats, self.method)
         layer = self.layers[name]
         layer.weight.data = weight.to(layer.weight.device)
         self.applied[name] = target
         if name not in self.language_layers:
-            self._from_language = None
+            self._loss.forget_front()
 
     def loss(
         self,
@@ -183,19 +213,11 @@ class TrialModel:
     ) -> float:
         "The calibration loss of the model when it is pruned to an allocation."
         self.apply(allocation)
-        if not self.from_language_alone:
-            return calibration_loss(self.model, self.batch)
-        if self._from_language is None:
-            self._from_language = before_language(self.model, self.batch)
-        module, inputs = self._from_language
-        return calibration_loss(module, inputs)
+        return self._loss()
 
     def restore(self) -> None:
         "Give all layers their dense weights back."
         self.apply({})
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.restore()

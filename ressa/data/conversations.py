@@ -326,6 +326,57 @@ def _places(prompt, pieces, answers, form):
         start = end + len(behind)
     return places
 
+# %% ../../nbs/reference/conversations.ipynb #bc137d95
+def _written_in_template(turns, processor, form):
+    "Turns in a chat template: the prompt, and the places of earlier answers in it."
+    prompt = render_turns(turns, processor, generation=True)
+    answers = [_text_of(turn) for turn in turns if turn["role"] == "assistant"]
+    earlier = []
+    if answers:
+        hidden = [{"type": "text", "text": _NO_LETTER}]
+        marked = [
+            turn | {"content": hidden} if turn["role"] == "assistant" else turn
+            for turn in turns
+        ]
+        text = render_turns(marked, processor, generation=True)
+        pieces = text.split(_NO_LETTER)
+        earlier = _places(prompt, pieces, answers, form)
+    shorter = without_bos(prompt, tokenizer_of(processor))
+    cut = len(prompt) - len(shorter)
+    return shorter, [(start - cut, end - cut) for start, end in earlier]
+
+# %% ../../nbs/reference/conversations.ipynb #cb9aed82
+def _is_blip(processor):
+    "Whether a prompt gets InstructBLIP's phrase; None stands for its processor."
+    # only the processors of the BLIP family count query tokens
+    return processor is None or hasattr(processor, "num_query_tokens")
+
+
+def _plain_question(turn, processor):
+    "A question as it is written without a template."
+    if _is_blip(processor):  # its processor writes the place of the picture itself
+        return QUESTION_PROMPT.format(_text_of(turn))
+    token = str(getattr(processor, "image_token", None) or "")
+    parts = turn["content"]
+    return "".join(token if part["type"] == "image" else part["text"] for part in parts)
+
+
+def _written_plainly(turns, processor):
+    "Turns without a template: the prompt, and the places of earlier answers in it."
+    text = ""
+    earlier = []
+    for turn in turns:
+        if turn["role"] == "assistant":
+            start = len(text)
+            text += f" {_text_of(turn)}"
+            earlier.append((start, len(text)))
+            text += "\n"
+        elif turn["role"] == "system":
+            text += f"{_text_of(turn)}\n"
+        else:
+            text += _plain_question(turn, processor)
+    return text, earlier
+
 # %% ../../nbs/reference/conversations.ipynb #98389657
 class ConversationWriter:
     """Writes conversations in the chat template of a processor, or as plain text.
@@ -342,8 +393,6 @@ class ConversationWriter:
     ):
         self.processor = processor
         self.has_template = bool(getattr(processor, "chat_template", None))
-        # only the processors of the BLIP family count query tokens
-        self.is_blip = processor is None or hasattr(processor, "num_query_tokens")
         self.reserved = reserved_tokens(processor)
         self.form = None if processor is None else answer_form(processor)
         if self.form is not None and self.form.end:
@@ -366,50 +415,11 @@ class ConversationWriter:
                         "own: remove it"
                     )
         *asked, last = turns
-        written = self._in_template if self.has_template else self._plain
-        prompt, earlier = written(asked)
+        if self.has_template:
+            prompt, earlier = _written_in_template(asked, self.processor, self.form)
+        else:
+            prompt, earlier = _written_plainly(asked, self.processor)
         return Written(prompt, _text_of(last), earlier)
-
-    def _in_template(self, turns):
-        prompt = render_turns(turns, self.processor, generation=True)
-        answers = [_text_of(turn) for turn in turns if turn["role"] == "assistant"]
-        earlier = []
-        if answers:
-            hidden = [{"type": "text", "text": _NO_LETTER}]
-            marked = [
-                turn | {"content": hidden} if turn["role"] == "assistant" else turn
-                for turn in turns
-            ]
-            text = render_turns(marked, self.processor, generation=True)
-            pieces = text.split(_NO_LETTER)
-            earlier = _places(prompt, pieces, answers, self.form)
-        shorter = without_bos(prompt, tokenizer_of(self.processor))
-        cut = len(prompt) - len(shorter)
-        return shorter, [(start - cut, end - cut) for start, end in earlier]
-
-    def _plain(self, turns):
-        text = ""
-        earlier = []
-        for turn in turns:
-            if turn["role"] == "assistant":
-                start = len(text)
-                text += f" {_text_of(turn)}"
-                earlier.append((start, len(text)))
-                text += "\n"
-            elif turn["role"] == "system":
-                text += f"{_text_of(turn)}\n"
-            else:
-                text += self._plain_question(turn)
-        return text, earlier
-
-    def _plain_question(self, turn):
-        if self.is_blip:  # its processor writes the place of the picture itself
-            return QUESTION_PROMPT.format(_text_of(turn))
-        token = str(getattr(self.processor, "image_token", None) or "")
-        parts = turn["content"]
-        return "".join(
-            token if part["type"] == "image" else part["text"] for part in parts
-        )
 
 # %% ../../nbs/reference/conversations.ipynb #77615b7f
 def _picture_counts(images):

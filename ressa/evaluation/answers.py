@@ -234,6 +234,25 @@ def answer(
                 answers[i] = text.lower() if lower_case else text
     return answers
 
+# %% ../../nbs/reference/answers.ipynb #0dd1fbbc
+def _require_same_lengths(result):
+    "Raise `ValueError` if the fields of an `Evaluation` differ in length."
+    lengths = {
+        name: len(getattr(result, name))
+        for name in ("answers", "references", "values", "types")
+    }
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"each example needs one of each, not {lengths}")
+
+
+def _line(name, result):
+    "One line of the table; exactly matched captions show their CIDEr as well."
+    low, high = result.interval
+    line = f"{name:>16} {result.n:6d} {result.score:6.3f}   {low:.3f} to {high:.3f}"
+    if name == "caption" and result.metric == "exact match":
+        line += f"   CIDEr {result.cider().mean():.2f}"
+    return line
+
 # %% ../../nbs/reference/answers.ipynb #80bf0cd5
 @dataclass(eq=False)  # arrays have no single truth value to compare by
 class Evaluation:
@@ -249,12 +268,7 @@ class Evaluation:
     metric: str  # a key of `METRICS`
 
     def __post_init__(self):
-        lengths = {
-            name: len(getattr(self, name))
-            for name in ("answers", "references", "values", "types")
-        }
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"each example needs one of each, not {lengths}")
+        _require_same_lengths(self)
 
     @property
     def n(self) -> int:
@@ -297,15 +311,6 @@ class Evaluation:
         lines += [_line(kind, part) for kind, part in self.by_type().items()]
         lines.append(_line("all", self))
         return "\n".join(lines)
-
-
-def _line(name, result):
-    "One line of the table; exactly matched captions show their CIDEr as well."
-    low, high = result.interval
-    line = f"{name:>16} {result.n:6d} {result.score:6.3f}   {low:.3f} to {high:.3f}"
-    if name == "caption" and result.metric == "exact match":
-        line += f"   CIDEr {result.cider().mean():.2f}"
-    return line
 
 # %% ../../nbs/reference/answers.ipynb #9372a61f
 def score(

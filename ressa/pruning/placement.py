@@ -65,15 +65,59 @@ def _weights_map(layer):
     # no map that is empty: a module without weights of its own has such a one
     return next((each for each in maps if each), None)
 
+# %% ../../nbs/reference/placement.ipynb #b78230e8
+class _Offloaded:
+    """A parameter as accelerate keeps it outside of its layer.
+
+    Accelerate's hook has a map from names to tensors, `weights_map`. The map is a
+    dictionary of tensors on the CPU, or it asks an `OffloadedWeightsLoader`, which has
+    some tensors on the CPU (`state_dict`) and reads the others from files (`index`:
+    name → file) each time it is asked.
+    """
+
+    def __init__(self, layer, key):
+        self.key = key
+        self.weights_map: Any = _weights_map(layer)
+        # All layers share what the map asks (`dataset`), which knows parameters by full
+        # names; the map of one layer puts the layer's name (`prefix`) before "weight".
+        self.loader: Any = getattr(self.weights_map, "dataset", None)
+        self.full_name = f"{getattr(self.weights_map, 'prefix', '')}{key}"
+
+    @property
+    def place(self) -> str | None:
+        "`cpu` or `disk`; None if the numbers cannot be reached."
+        if not self.weights_map:
+            return None
+        has_files = isinstance(self.loader, OffloadedWeightsLoader)
+        if has_files and self.full_name not in self.loader.state_dict:
+            return "disk"
+        return "cpu"
+
+    @property
+    def can_be_replaced(self) -> bool:
+        "Whether there is a place for other values: a tensor, or a folder of files."
+        if self.place == "disk":
+            return self.loader.save_folder is not None
+        return self.place is not None
+
+    def read(self):
+        if self.place is None:
+            raise ValueError(
+                f"{self.full_name} is a placeholder, and its values cannot be reached"
+            )
+        return self.weights_map[self.key]
+
+    def write_file(self, new, dtype):
+        # accelerate casts what it fetches to the placeholder's dtype
+        new = new.to("cpu", dtype).contiguous()
+        offload_weight(new, self.full_name, self.loader.save_folder, self.loader.index)
+
 # %% ../../nbs/reference/placement.ipynb #a4c8d091
 class StoredWeight:
     """The weight of a layer, in the place where accelerate keeps it between passes.
 
     Without offloading, this is the layer itself. An offloaded layer holds a placeholder
-    on the device `meta`, and accelerate's hook has a map from names to tensors,
-    `weights_map`. The map is a dictionary of tensors on the CPU, or it asks an
-    `OffloadedWeightsLoader`, which has some tensors on the CPU (`state_dict`) and reads
-    the others from files (`index`: name → file) each time it is asked.
+    on the device `meta`, and accelerate has the numbers, in memory or in a file.
     """
 
     def __init__(
@@ -83,11 +127,8 @@ class StoredWeight:
     ):
         self.layer = layer
         self.key = key
-        self.weights_map: Any = _weights_map(layer)
-        # All layers share what the map asks (`dataset`), which knows parameters by full
-        # names; the map of one layer puts the layer's name (`prefix`) before "weight".
-        self.loader: Any = getattr(self.weights_map, "dataset", None)
-        self.full_name = f"{getattr(self.weights_map, 'prefix', '')}{key}"
+        self.is_transposed = _is_transposed(layer, key)  # as (in, out), like GPT-2
+        self.offloaded = _Offloaded(layer, key)
 
     @property
     def in_layer(self) -> torch.Tensor:
@@ -95,21 +136,9 @@ class StoredWeight:
         return self.layer.get_parameter(self.key).data
 
     @property
-    def is_transposed(self) -> bool:
-        "Whether the layer stores its weight as (in, out), like GPT-2."
-        return _is_transposed(self.layer, self.key)
-
-    @property
     def place(self) -> str | None:
         "Where the numbers are: `layer`, `cpu`, `disk`; None if they cannot be reached."
-        if not self.in_layer.is_meta:
-            return "layer"
-        if not self.weights_map:
-            return None
-        has_files = isinstance(self.loader, OffloadedWeightsLoader)
-        if has_files and self.full_name not in self.loader.state_dict:
-            return "disk"
-        return "cpu"
+        return self.offloaded.place if self.in_layer.is_meta else "layer"
 
     def require_place(
         self,
@@ -120,8 +149,7 @@ class StoredWeight:
         The weight must be a parameter of floats, not quantised, not split over cards.
         """
         _require_plain(self.layer, self.key, name)
-        place = self.place
-        if place is None or (place == "disk" and self.loader.save_folder is None):
+        if self.in_layer.is_meta and not self.offloaded.can_be_replaced:
             raise ValueError(
                 f"{name} holds a placeholder, and there is no place for a pruned "
                 "weight: load the model with offload_folder=…"
@@ -129,12 +157,7 @@ class StoredWeight:
 
     def read(self) -> torch.Tensor:  # (out, in)
         "The weight. From disk it is read anew; else it is the stored tensor itself."
-        place = self.place
-        if place is None:
-            raise ValueError(
-                f"{self.full_name} is a placeholder, and its values cannot be reached"
-            )
-        stored = self.in_layer if place == "layer" else self.weights_map[self.key]
+        stored = self.offloaded.read() if self.in_layer.is_meta else self.in_layer
         return stored.t() if self.is_transposed else stored
 
     def replace(
@@ -147,9 +170,7 @@ class StoredWeight:
             return
         if self.is_transposed:
             new = new.t()
-        # accelerate casts what it fetches to the placeholder's dtype
-        new = new.to("cpu", self.in_layer.dtype).contiguous()
-        offload_weight(new, self.full_name, self.loader.save_folder, self.loader.index)
+        self.offloaded.write_file(new, self.in_layer.dtype)
 
 # %% ../../nbs/reference/placement.ipynb #2642bed2
 def stored_parameters(

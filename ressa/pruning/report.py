@@ -73,6 +73,22 @@ def _lines_by_reason(left_dense):
         lines.append(f"left dense: {len(names)} {layers}, {reason}: {some}{more}")
     return lines
 
+# %% ../../nbs/reference/prune_report.ipynb #c41a0c13
+def _draw_errors(layers, ax):
+    "Bars of the errors of layers on matplotlib's axes, which are made if None."
+    import matplotlib.pyplot as plt
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 2.5))
+    for part in dict.fromkeys(layer.part for layer in layers):
+        places = [i for i, layer in enumerate(layers) if layer.part == part]
+        errors = [layers[i].error for i in places]
+        ax.bar(places, errors, color=PALETTE[part], label=part)
+    ax.set(xlabel="layer, from image to answer", ylabel="relative output error")
+    ax.margins(y=0.3)
+    ax.legend(ncols=3, loc="upper left")
+    return ax
+
 # %% ../../nbs/reference/prune_report.ipynb #c1f779df
 @dataclass
 class PruneReport:
@@ -130,15 +146,4 @@ class PruneReport:
         ax=None,  # matplotlib axes to draw on; None makes new ones
     ):  # → the axes
         "Draw the error of each layer, in the order of the pass, coloured by part."
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 2.5))
-        for part in self.parts():
-            places = [i for i, layer in enumerate(self.layers) if layer.part == part]
-            errors = [self.layers[i].error for i in places]
-            ax.bar(places, errors, color=PALETTE[part], label=part)
-        ax.set(xlabel="layer, from image to answer", ylabel="relative output error")
-        ax.margins(y=0.3)
-        ax.legend(ncols=3, loc="upper left")
-        return ax
+        return _draw_errors(self.layers, ax)

@@ -30,6 +30,101 @@ def _merge(a, b):
     spread = a.spread + (b.spread + step.square() * (a.n * b.n / n))
     return mean, spread
 
+# %% ../../nbs/reference/statistics.ipynb #9891c927
+def _sums_of(x, mean, gram):
+    "The fields of the `Statistics` of one batch of inputs x (…, in)."
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have shape (…, in), not {tuple(x.shape)}")
+    x = x.reshape(-1, x.shape[-1])
+    sums = {"n": len(x), "square_sum": _square_sum(x)}
+    if mean or gram:
+        x = x.float()
+    if gram:
+        sums["gram"] = x.T @ x
+    if mean:
+        no_mean = torch.zeros_like(sums["square_sum"])  # of no token
+        sums["mean"] = x.mean(0) if len(x) else no_mean
+        sums["spread"] = _square_sum(x - sums["mean"])
+    return sums
+
+
+def _add_sums(stats, new):
+    "Add the sums of `new` to those of `stats`, as far as both have gathered the same."
+    if len(new.square_sum) != len(stats.square_sum):
+        raise ValueError(
+            f"x has {len(new.square_sum)} inputs, stats has {len(stats.square_sum)}"
+        )
+    if stats.within is not None and new.within is not None:
+        stats.within += new.within
+        stats.examples += new.examples
+    if stats.mean is not None:
+        stats.mean, stats.spread = _merge(stats, new)
+    if stats.gram is not None and new.gram is not None:  # both, or neither
+        stats.gram += new.gram
+    stats.square_sum += new.square_sum
+    stats.n += new.n
+
+# %% ../../nbs/reference/statistics.ipynb #bd6feb16
+def _norm(stats: "Statistics") -> torch.Tensor:
+    "(in,) ‖X_j‖₂ of each input over all tokens."
+    return stats.square_sum.sqrt()
+
+
+def _variance(stats: "Statistics") -> torch.Tensor:
+    """(in,) variance of each input over all tokens, divided by n.
+
+    Raises `ValueError` if it was not gathered.
+    """
+    if stats.spread is None:
+        raise ValueError(
+            "stats has no mean and variance: gather them with "
+            "Statistics.of(x, mean=True)"
+        )
+    return stats.spread / max(stats.n, 1)
+
+
+def _hessian(stats: "Statistics") -> torch.Tensor:
+    """(in, in) 2/n·XᵀX, the second derivative of the mean squared output error.
+
+    Raises `ValueError` if the Gram matrix was not gathered.
+    """
+    if stats.gram is None:
+        raise ValueError(
+            "stats has no gram matrix: gather it with Statistics.of(x, gram=True)"
+        )
+    return stats.gram * (2 / max(stats.n, 1))
+
+# %% ../../nbs/reference/statistics.ipynb #3af7394a
+def _of_examples(
+    cls: type["Statistics"],
+    examples: list[torch.Tensor],  # of each: (tokens, in), any number of tokens
+    gram: bool = True,  # gather XᵀX
+) -> "Statistics":
+    """The statistics of examples, and the variance inside each of them.
+
+    Raises `ValueError` if there is no example, or as `of` does.
+    """
+    if not examples:
+        raise ValueError("there are no examples to gather statistics of")
+    stats = cls.of(torch.cat(examples), gram=gram)
+    stats.examples = len(examples)
+    stats.within = torch.zeros_like(stats.square_sum)
+    for x in examples:
+        if len(x):
+            stats.within += _square_sum(x.float() - x.float().mean(0))
+    return stats
+
+
+def _variance_within(stats: "Statistics") -> torch.Tensor:
+    """(in,) variance of each input inside an example, as a mean over all tokens.
+
+    Where examples were not told apart, all tokens are one example. Raises
+    `ValueError` if mean and variance were not gathered.
+    """
+    if stats.within is None:
+        return _variance(stats)
+    return stats.within / max(stats.n, 1)
+
 # %% ../../nbs/reference/statistics.ipynb #4a0b05b6
 @dataclass
 class Statistics:
@@ -46,6 +141,15 @@ class Statistics:
     examples: int = 1  # 1 also where examples were not told apart
     within: torch.Tensor | None = None  # (in,) as spread, from the example's own mean
 
+    # What the methods read of these sums, see the functions above
+    norm = property(_norm)
+    var = property(_variance)
+    var_within = property(_variance_within)
+    hessian = property(_hessian)
+
+    # Gathers the variance inside the examples, too
+    of_examples = classmethod(_of_examples)
+
     @classmethod
     def of(
         cls,
@@ -57,39 +161,7 @@ class Statistics:
 
         Raises `ValueError` if x has no input.
         """
-        if x.dim() == 0 or x.shape[-1] == 0:
-            raise ValueError(f"x must have shape (…, in), not {tuple(x.shape)}")
-        x = x.reshape(-1, x.shape[-1])
-        stats = cls(n=len(x), square_sum=_square_sum(x))
-        if mean or gram:
-            x = x.float()
-        if gram:
-            stats.gram = x.T @ x
-        if mean:
-            no_mean = torch.zeros_like(stats.square_sum)  # of no token
-            stats.mean = x.mean(0) if len(x) else no_mean
-            stats.spread = _square_sum(x - stats.mean)
-        return stats
-
-    @classmethod
-    def of_examples(
-        cls,
-        examples: list[torch.Tensor],  # of each: (tokens, in), any number of tokens
-        gram: bool = True,  # gather XᵀX
-    ) -> "Statistics":
-        """The statistics of examples, and the variance inside each of them.
-
-        Raises `ValueError` if there is no example, or as `of` does.
-        """
-        if not examples:
-            raise ValueError("there are no examples to gather statistics of")
-        stats = cls.of(torch.cat(examples), gram=gram)
-        stats.examples = len(examples)
-        stats.within = torch.zeros_like(stats.square_sum)
-        for x in examples:
-            if len(x):
-                stats.within += _square_sum(x.float() - x.float().mean(0))
-        return stats
+        return cls(**_sums_of(x, mean, gram))
 
     def update(
         self,
@@ -110,61 +182,8 @@ class Statistics:
 
         Raises `ValueError` if they are of another number of inputs.
         """
-        if len(new.square_sum) != len(self.square_sum):
-            raise ValueError(
-                f"x has {len(new.square_sum)} inputs, stats has {len(self.square_sum)}"
-            )
-        if self.within is not None and new.within is not None:
-            self.within += new.within
-            self.examples += new.examples
-        if self.mean is not None:
-            self.mean, self.spread = _merge(self, new)
-        if self.gram is not None and new.gram is not None:  # both, or neither
-            self.gram += new.gram
-        self.square_sum += new.square_sum
-        self.n += new.n
+        _add_sums(self, new)
         return self
-
-    @property
-    def norm(self) -> torch.Tensor:
-        "(in,) ‖X_j‖₂ of each input over all tokens."
-        return self.square_sum.sqrt()
-
-    @property
-    def var(self) -> torch.Tensor:
-        """(in,) variance of each input over all tokens, divided by n.
-
-        Raises `ValueError` if it was not gathered.
-        """
-        if self.spread is None:
-            raise ValueError(
-                "stats has no mean and variance: gather them with "
-                "Statistics.of(x, mean=True)"
-            )
-        return self.spread / max(self.n, 1)
-
-    @property
-    def var_within(self) -> torch.Tensor:
-        """(in,) variance of each input inside an example, as a mean over all tokens.
-
-        Where examples were not told apart, all tokens are one example. Raises
-        `ValueError` if mean and variance were not gathered.
-        """
-        if self.within is None:
-            return self.var
-        return self.within / max(self.n, 1)
-
-    @property
-    def hessian(self) -> torch.Tensor:
-        """(in, in) 2/n·XᵀX, the second derivative of the mean squared output error.
-
-        Raises `ValueError` if the Gram matrix was not gathered.
-        """
-        if self.gram is None:
-            raise ValueError(
-                "stats has no gram matrix: gather it with Statistics.of(x, gram=True)"
-            )
-        return self.gram * (2 / max(self.n, 1))
 
 # %% ../../nbs/reference/statistics.ipynb #4f448085
 def real_tokens(

@@ -23,12 +23,8 @@ from torch import nn
 
 from ressa.adaptation import fast_mask
 from ressa.adaptation.adapters import remask, zero_masks, zeros_filled
-from ressa.adaptation.distillation import (
-    Targets,
-    answer_logits,
-    distillation_loss,
-    top_targets,
-)
+from ressa.adaptation.distillation import distillation_loss
+from ressa.adaptation.loss_terms import Targets, answer_logits, top_targets
 from ressa.adaptation.masked_update import sparse_lora_linear
 from ressa.adaptation.repair import repair
 from ressa.adaptation.sparse_lora import SparseLoraConfig

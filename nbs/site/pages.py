@@ -38,6 +38,7 @@ REFERENCE_ORDER = {
     "Evaluation": [
         "answers",
         "metrics",
+        "intervals",
         "score_intervals",
         "perplexity",
         "retrieval",

@@ -261,18 +261,18 @@ def _step_of(trainer, model, num_items_in_batch):
     return _Step(num_items_in_batch, batches, processes)
 
 # %% ../../nbs/reference/trainer.ipynb #67e1606f
-def _targets_of(said, inputs, labels, positions, causal, pictures):
-    "What is learned of what the teacher said: targets and positions of `loss_terms`."
-    is_cached = isinstance(said, Targets)
+def _targets_of(from_teacher, inputs, labels, positions, causal, pictures):
+    "What is learned from the teacher: targets and positions of `loss_terms`."
+    is_cached = isinstance(from_teacher, Targets)
     if positions == "all" and not is_cached:
-        return said, "all"  # padding too, as in the paper's code
+        return from_teacher, "all"  # padding too, as in the paper's code
     distilled = distilled_tokens(
         inputs, labels, positions, causal=causal, pictures=pictures
     )
-    targets = said
+    targets = from_teacher
     if not is_cached:
         # Only these rows are kept while the student computes its own logits.
-        targets = Targets(flat_logits(said, labels)[distilled.flatten()])
+        targets = Targets(flat_logits(from_teacher, labels)[distilled.flatten()])
     # A mean over answer tokens has a word, not a mask: see `loss_terms`.
     return targets, "answer" if positions == "answer" else distilled
 
@@ -317,9 +317,14 @@ class _WithRessaLoss(_MeansLogged):
         targets, positions = None, "answer"
         if weight > 0:
             student = self.accelerator.unwrap_model(model)
-            said = self.teacher(student, inputs)
+            from_teacher = self.teacher(student, inputs)
             targets, positions = _targets_of(
-                said, inputs, labels, self.args.positions, self.causal, self.pictures
+                from_teacher,
+                inputs,
+                labels,
+                self.args.positions,
+                self.causal,
+                self.pictures,
             )
         outputs = model(**model_inputs(inputs))
 

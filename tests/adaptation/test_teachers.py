@@ -2,9 +2,8 @@
 
 import copy
 import signal
-import subprocess
-import sys
 
+import killed
 import numpy as np
 import pytest
 import torch
@@ -15,8 +14,9 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     T5Config,
 )
+from warm_processes import ended
 
-from ressa.adaptation.distillation import loss_terms
+from ressa.adaptation.loss_terms import loss_terms
 from ressa.adaptation.sparse_lora import SparseLoraConfig
 from ressa.adaptation.teachers import (
     CachedTeacher,
@@ -191,33 +191,10 @@ def test_file_of_other_things_is_refused(case, examples, tmp_path):
     assert file.stat().st_mtime_ns == made
 
 
-KILLED_IN_THE_THIRD_BATCH = """
-import os, signal, sys
-from ressa import cache_targets, load_bundled, load_easy_vqa
-
-dense, processor = load_bundled("cpu")
-forward, calls = dense.forward, []
-
-
-def dying(**batch):
-    calls.append(1)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return forward(**batch)
-
-
-dense.forward = dying
-examples = load_easy_vqa("train").select(range(8))
-cache_targets(dense, examples, processor, sys.argv[1], batch_size=2)
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_half_file(case, examples, tmp_path):
     file = tmp_path / "said.arrow"
-    command = [sys.executable, "-c", KILLED_IN_THE_THIRD_BATCH, str(file)]
-    killed = subprocess.run(command, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert ended(killed.targets_of_two_batches, file) == -signal.SIGKILL
     assert not file.exists()
     cached = cache_targets(case.dense, examples, case.processor, file)
     assert len(cached) == len(Dataset.from_file(str(file))) == 8

@@ -3,10 +3,6 @@
 import copy
 import gc
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -15,21 +11,15 @@ import two_processes
 from safetensors.torch import load_file
 from same_repair import long_answers
 from transformers import TrainerCallback
+from warm_processes import together
 
 from ressa.adaptation.adapters import adapt
-from ressa.adaptation.distillation import loss_terms
+from ressa.adaptation.loss_terms import loss_terms
 from ressa.adaptation.teachers import CachedTeacher, SelfTeacher, cache_targets
 from ressa.adaptation.trainer import RessaArguments, RessaTrainer
 from ressa.data.collate import collate
 from ressa.models.inputs import is_text, picture_tokens
 
-SEVERAL_PROCESSES = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-]
 TERMS = ("loss", "task_loss", "distillation_loss")
 
 
@@ -100,16 +90,8 @@ def test_every_factor_of_the_loss(case, trainer_of, positions, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_double_batch(tmp_path):
-    "`torchrun` on a CPU: 2 processes with batches of 4 do what one does with batches of 8."
-    script = Path(two_processes.__file__)
-    done = subprocess.run(
-        [*SEVERAL_PROCESSES, "2", script, tmp_path / "two", "4"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    "Two processes with batches of 4 do what one does with batches of 8."
+    together(2, two_processes.main, tmp_path / "two", 4)
     two_processes.main(tmp_path / "one", 8)
     one = json.loads((tmp_path / "one" / "found.json").read_text())
     two = json.loads((tmp_path / "two" / "found.json").read_text())

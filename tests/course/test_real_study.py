@@ -2,7 +2,7 @@
 
 import pytest
 
-from ressa.adaptation.distillation import require_positions
+from ressa.adaptation.loss_terms import require_positions
 from ressa.course.real_study import (
     METHODS_COMPARED,
     REPAIRED,

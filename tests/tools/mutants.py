@@ -29,6 +29,7 @@ MODULES = (  # the tests of `pruning.masks` are tests/pruning/test_masks.py
     "adaptation.masked_update",
     "adaptation.sparse_lora",
     "adaptation.distillation",
+    "adaptation.loss_terms",
     "checkpoints.packing",
     "checkpoints.sparse",
 )

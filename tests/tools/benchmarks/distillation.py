@@ -28,12 +28,12 @@ from datasets import Dataset
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ressa.adaptation.distillation import (
+from ressa.adaptation.distillation import distillation_loss
+from ressa.adaptation.loss_terms import (
     CHUNK_NUMBERS,
     Targets,
     answer_logits,
     answer_places,
-    distillation_loss,
     flat_logits,
     kl_sum,
     loss_terms,

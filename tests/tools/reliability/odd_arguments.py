@@ -112,6 +112,7 @@ LEFT_OUT = {  # name → why
             "stored_in",
             "plan_of",
             "dtype_of",
+            "open_model",
             "test_batch_of",
             "pruned",
             "settings_of",
@@ -365,7 +366,7 @@ def right_calls(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from ressa.adaptation.distillation import Targets
+    from ressa.adaptation.loss_terms import Targets
     from ressa.checkpoints.packing import pack_tensor
     from ressa.checkpoints.sparse import save_sparse
     from ressa.parts import modality_map

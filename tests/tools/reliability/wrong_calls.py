@@ -485,7 +485,8 @@ def judging():
 
 def learning():
     "Distillation and SparseLoRA."
-    from ressa.adaptation.distillation import Targets, distillation_loss, top_targets
+    from ressa.adaptation.distillation import distillation_loss
+    from ressa.adaptation.loss_terms import Targets, top_targets
     from ressa.adaptation.masked_update import sparse_lora_linear
     from ressa.adaptation.sparse_lora import SparseLoraConfig
 

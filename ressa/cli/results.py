@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..data.prompts import tokenizer_of
 from ..evaluation.answers import Evaluation, evaluate
 from ..evaluation.intervals import won_back
 from ..evaluation.score_intervals import score_interval
@@ -144,12 +145,24 @@ def plain_row(
     }
 
 # %% ../../nbs/reference/results.ipynb #f1566f5f
+def _longest_reference(data, processor):
+    "Tokens of the longest right answer of a data set."
+    tokenizer = tokenizer_of(processor)
+    answers = sorted(set(data["answer"]))
+    return max(map(len, tokenizer(answers, add_special_tokens=False).input_ids))
+
+
 def _measure_easy_vqa(model, tests, processor, **options):
-    "Measure answers to questions and captions, both by exact match."
-    answered, captioned = (
-        evaluate(model, data, processor, metric="exact match", **options)
-        for data in tests
-    )
+    """Measure answers to questions and captions, both by exact match.
+
+    An answer that is longer than every right one is wrong, however it goes on, so it is
+    not written to its end.
+    """
+    questions, captions = tests
+    options["metric"] = "exact match"
+    longest = _longest_reference(questions, processor) + 2  # its end, and one more
+    answered = evaluate(model, questions, processor, max_new_tokens=longest, **options)
+    captioned = evaluate(model, captions, processor, **options)
     cider = captioned.cider()
     return plain_row(answered) | {
         "captions_n": captioned.n,

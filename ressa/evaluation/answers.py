@@ -10,6 +10,7 @@ __all__ = ['TOKEN_IDS', 'stored_settings_aside', 'greedy_config', 'without_promp
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -166,10 +167,39 @@ def _require_generating(model):
             )
 
 
-def _generate(model, examples, processor, config):
-    "The answers of a model to examples, as it writes them."
+def _batches(data, order, batch_size, processor, causal):
+    "Indices and encoded batch of the examples that are answered together, in an order."
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        examples = [data[i] for i in indices]
+        for group in _answered_together(examples, processor):
+            chosen = [examples[i] for i in group]
+            try:
+                batch = collate(chosen, processor, answers=False, causal=causal)
+            except ExampleError as error:
+                index = indices[group[error.index]]
+                raise ExampleError(index, error.reason, error.prompt) from error
+            yield [indices[i] for i in group], batch
+
+
+_END = object()
+
+
+def _one_ahead(items):
+    "The items of an iterator; a thread makes the next one while one is used."
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, items, _END)
+        while True:
+            item = coming.result()
+            if item is _END:
+                return
+            coming = thread.submit(next, items, _END)
+            yield item
+
+
+def _generate(model, batch, processor, config):
+    "The answers of a model to an encoded batch, as it writes them."
     causal = is_causal(model)
-    batch = collate(examples, processor, answers=False, causal=causal)
     require_matching_batch(model, batch)
     batch = to_device(batch, model.device)
     generated = model.generate(**batch, generation_config=config)
@@ -181,19 +211,6 @@ def _generate(model, examples, processor, config):
     # a decoder begins with a token that may be an end token as well
     ids = [_until_end(row, ends, first=0 if causal else 1) for row in ids]
     return tokenizer_of(processor).batch_decode(ids, skip_special_tokens=True)
-
-
-def _answers_of(model, data, indices, processor, config):
-    "Index and answer of each of these examples of a data set; an error has its index."
-    examples = [data[i] for i in indices]
-    for group in _answered_together(examples, processor):
-        try:
-            texts = _generate(model, [examples[i] for i in group], processor, config)
-        except ExampleError as error:
-            index = indices[group[error.index]]
-            raise ExampleError(index, error.reason, error.prompt) from error
-        for i, text in zip(group, texts):
-            yield indices[i], text.strip()
 
 # %% ../../nbs/reference/answers.ipynb #25c1b7e3
 @torch.no_grad()
@@ -225,13 +242,17 @@ def answer(
     # Shorter prompts are padded to the longest of their batch, so that batches of
     # prompts of similar length waste least.
     by_length = sorted(range(len(data)), key=lambda i: len(prompts[i]))
+    batches = _batches(data, by_length, batch_size, processor, is_causal(model))
     answers = [""] * len(data)
-    starts = range(0, len(data), batch_size)
-    with evaluation_mode(model), stored_settings_aside(model):
-        for start in progress_bar(starts, show=progress, doing="answer"):
-            indices = by_length[start : start + batch_size]
-            for i, text in _answers_of(model, data, indices, processor, config):
-                answers[i] = text.lower() if lower_case else text
+    with (
+        evaluation_mode(model),
+        stored_settings_aside(model),
+        progress_bar(total=len(data), show=progress, doing="answer") as bar,
+    ):
+        for indices, batch in _one_ahead(batches):
+            for i, text in zip(indices, _generate(model, batch, processor, config)):
+                answers[i] = text.strip().lower() if lower_case else text.strip()
+            bar.update(len(indices))
     return answers
 
 # %% ../../nbs/reference/answers.ipynb #0dd1fbbc

@@ -43,24 +43,16 @@ def run(
     options: argparse.Namespace,  # from `parse`
 ) -> None:
     "Measure a model on easy-VQA or on another data set, by the metric that fits it."
-    from ressa.cli.main_job import dtype_of, test_batch_of
+    from ressa.cli.main_job import open_model, test_batch_of
     from ressa.cli.results import LONGEST_ANSWER
     from ressa.cli.run_data import load_tests
     from ressa.evaluation.answers import evaluate
     from ressa.models.inputs import has_towers
-    from ressa.models.load_model import load_model
     from ressa.progress import quiet_libraries
 
     quiet_libraries()
     read = read_options(options, *KEYS)
-    model, processor = load_model(
-        read.model,
-        read.device,
-        dtype_of(read),
-        revision=read.revision,
-        device_map=read.device_map,
-        offload_folder=read.offload_folder,
-    )
+    model, processor = open_model(read)
     settings = {"batch_size": test_batch_of(read), "progress": read.model}
     if read.data == "easy-vqa":
         settings["metric"] = "exact match"  # of captions too, beside CIDEr

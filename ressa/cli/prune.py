@@ -41,11 +41,11 @@ def run(
     "Prune a model and save it, with a report of each layer."
     from pathlib import Path
 
-    from ressa.cli.main_job import dtype_of, open_out, pruned, settings_of
+    from ressa.cli.main_job import open_model, open_out, pruned, settings_of
     from ressa.cli.options import pruning_target
     from ressa.cli.run_data import draw_calibration, load_training, require_calibration
     from ressa.files import save_model, write_json
-    from ressa.models.load_model import load_empty, load_model
+    from ressa.models.load_model import load_empty
     from ressa.parts import modality_map
     from ressa.progress import quiet_libraries
     from ressa.pruning.engine import layer_targets
@@ -57,14 +57,7 @@ def run(
     layer_targets(modality_map(empty), **pruning_target(read))
     examples = load_training(read, processor)
     require_calibration(read, examples)
-    model, _ = load_model(
-        read.model,
-        read.device,
-        dtype_of(read),
-        revision=read.revision,
-        device_map=read.device_map,
-        offload_folder=read.offload_folder,
-    )
+    model, _ = open_model(read)
     calibration = draw_calibration(read, model, examples, processor)
     report, _ = pruned(read, model, calibration, name=read.model)
     if open_out(out, settings_of(read)) is None:

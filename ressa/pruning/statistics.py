@@ -142,13 +142,12 @@ class Statistics:
     within: torch.Tensor | None = None  # (in,) as spread, from the example's own mean
 
     # What the methods read of these sums, see the functions above
-    norm = property(_norm)
-    var = property(_variance)
-    var_within = property(_variance_within)
-    hessian = property(_hessian)
+    norm = property(_norm)  # (in,) ‖X_j‖₂ of each input
+    var = property(_variance)  # (in,) of each input over all tokens
+    var_within = property(_variance_within)  # (in,) of each input inside an example
+    hessian = property(_hessian)  # (in, in) 2/n·XᵀX
 
-    # Gathers the variance inside the examples, too
-    of_examples = classmethod(_of_examples)
+    of_examples = classmethod(_of_examples)  # as `of`, and tells examples apart
 
     @classmethod
     def of(

@@ -1,11 +1,7 @@
 """The configuration for several GPUs, on two processes of a CPU."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.resources import files
-from pathlib import Path
 
 import fsdp_processes
 import pytest
@@ -14,6 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import PeftModel
 from safetensors.torch import load_file
+from warm_processes import together
 
 from ressa.adaptation.adapters import zero_masks, zeros_filled
 from ressa.pruning.masks import sparsity_of
@@ -36,23 +33,7 @@ def environment(*options):
 def launched(folder, processes, batch_size, env):
     "What the processes found, and the adapter that they saved."
     folder.mkdir()
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    script = Path(fsdp_processes.__file__)
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launch,
-            str(processes),
-            str(script),
-            str(folder),
-            str(batch_size),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    together(processes, fsdp_processes.main, folder, batch_size, environment=env)
     found = json.loads((folder / "found.json").read_text())
     return found, load_file(folder / "adapter" / "adapter_model.safetensors")
 

@@ -4,16 +4,13 @@ import copy
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
-import same_repair
 import torch
 from same_repair import repaired, weights_of
+from warm_processes import started
 
 from ressa.adaptation.adapters import ADAPTERS, adapt, zero_masks, zeros_filled
 from ressa.adaptation.distillation import distillation_loss
@@ -266,14 +263,6 @@ def test_resumed_at_any_step_equals_uninterrupted(
     assert whole.logged("distillation_loss").keys() == whole.losses.keys()
 
 
-REPAIRED = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from same_repair import repaired
-repaired(sys.argv[2], **json.loads(sys.argv[3]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [dict(adapter="sparselora"), dict(adapter="full", patience=9)]
@@ -282,15 +271,14 @@ def test_killed_at_a_random_moment_equals_uninterrupted(tmp_path, options):
     "SIGKILL, wherever it hits, and the same call again."
     options |= dict(steps=5, batch_size=4, disable_tqdm=True, r=2, save_steps=1)
     folder = tmp_path / "killed"
-    tools = str(Path(same_repair.__file__).parent)
-    arguments = [tools, str(folder), json.dumps(options)]
-    child = subprocess.Popen([sys.executable, "-c", REPAIRED, *arguments])
-    while not list(folder.glob("checkpoint-2*")) and child.poll() is None:
+    child = started(repaired, folder, **options)
+    while not list(folder.glob("checkpoint-2*")) and child.is_alive():
         time.sleep(0.005)
     clock = torch.Generator().manual_seed(time.time_ns() % 2**31)
     time.sleep(0.5 * float(torch.rand(1, generator=clock)))
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL, "the child was to be killed while it ran"
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, "it was to be killed while it ran"
     resumed = repaired(folder, **options)
     assert equal(resumed, repaired(tmp_path / "whole", **options))
 

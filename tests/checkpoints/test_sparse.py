@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import killed
 import pytest
 import torch
 from random_tensors import random_bits, same
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from warm_processes import ended
 
 from ressa.checkpoints import sparse
 from ressa.checkpoints.packing import TENSOR_DTYPES
@@ -301,23 +303,7 @@ def test_what_is_there_is_never_touched(tmp_path):
 
 def test_killed_in_the_middle(tmp_path):
     "After the first of several files; nothing of that name is left, and what is left is not accepted."
-    code = f"""
-import os, signal, torch
-from ressa.checkpoints import sparse
-from ressa.files import whole_folder
-from ressa.models.load_model import load_model
-write = sparse._write_file
-files = []
-def killed_at_the_second(path, *args):
-    files.append(path)
-    if len(files) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, *args)
-sparse._write_file = killed_at_the_second
-with whole_folder({str(tmp_path / "target")!r}) as part:
-    sparse._write_packed(part, {{str(i): torch.ones(9) for i in range(4)}}, 40)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert ended(killed.one_of_two_files, tmp_path / "target") == -signal.SIGKILL
     left = list(tmp_path.iterdir())
     assert [path.suffix for path in left] == [".part"]
     with pytest.raises(ValueError, match="no sparse.json"):

@@ -3,19 +3,16 @@
 import functools
 import json
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from runs import fails_at_two, noted
+from warm_processes import started
 
 from ressa.course.studies import pack_right, run_study, unpack_right
 
 SETTINGS = [dict(x=x, seed=seed) for seed in range(10) for x in range(3)]
-TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def rows_in(path):
@@ -29,19 +26,15 @@ def rows_in(path):
 def test_a_killed_study_loses_nothing(tmp_path):
     "The file is complete after each kill, and only interrupted runs are made twice."
     path, log = tmp_path / "study.json", tmp_path / "log"
-    code = (
-        f"import functools, sys; sys.path.insert(0, {str(TOOLS)!r})\n"
-        "from runs import noted; from ressa.course.studies import run_study\n"
-        f"run = functools.partial(noted, log={str(log)!r}, wait=0.05)\n"
-        f"run_study({str(path)!r}, run, {SETTINGS}, progress=False)"
-    )
+    run = functools.partial(noted, log=log, wait=0.05)
     before = 0
     for more in (3, 8):
-        child = subprocess.Popen([sys.executable, "-c", code])
-        while len(rows_in(path)) < before + more and child.poll() is None:
+        child = started(run_study, path, run, SETTINGS, progress=False)
+        while len(rows_in(path)) < before + more and child.is_alive():
             time.sleep(0.01)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
         kept = len(rows_in(path))
         assert before + more <= kept < len(SETTINGS)
         before = kept

@@ -149,24 +149,6 @@ def _answered_together(examples, processor):
     return list(groups.values())
 
 
-def _require_generating(model):
-    "Raise `ValueError` if a model cannot generate, as it is or where its weights are."
-    if not hasattr(model, "generate"):
-        raise ValueError(
-            f"{type(model).__name__} cannot generate answers: a model with two towers, "
-            "such as CLIP, is measured with ressa.evaluation.retrieval"
-        )
-    for inner in model.modules():
-        # `generate` makes tensors on the device of its model's first weight
-        if hasattr(inner, "generate") and next(inner.parameters()).is_meta:
-            require_in_memory(
-                inner,
-                "answer",
-                "load the model so that the first weights of its language model are "
-                "not offloaded, or without device_map",
-            )
-
-
 def _batches(data, order, batch_size, processor, causal):
     "Indices and encoded batch of the examples that are answered together, in an order."
     for start in range(0, len(order), batch_size):
@@ -195,6 +177,24 @@ def _one_ahead(items):
                 return
             coming = thread.submit(next, items, _END)
             yield item
+
+# %% ../../nbs/reference/answers.ipynb #a5b3a54b
+def _require_generating(model):
+    "Raise `ValueError` if a model cannot generate, as it is or where its weights are."
+    if not hasattr(model, "generate"):
+        raise ValueError(
+            f"{type(model).__name__} cannot generate answers: a model with two towers, "
+            "such as CLIP, is measured with ressa.evaluation.retrieval"
+        )
+    for inner in model.modules():
+        # `generate` makes tensors on the device of its model's first weight
+        if hasattr(inner, "generate") and next(inner.parameters()).is_meta:
+            require_in_memory(
+                inner,
+                "answer",
+                "load the model so that the first weights of its language model are "
+                "not offloaded, or without device_map",
+            )
 
 
 def _generate(model, batch, processor, config):

@@ -224,8 +224,10 @@ class Steps:
     def __init__(
         self,
         path: Path,  # the file; it is made by the first step
+        makes: bool = True,  # False: for a process beside the one that makes the steps
     ):
         self.path = path
+        self.makes = makes
         self.done = read_json(path) if path.exists() else {"seconds": {}}
 
     def run(
@@ -233,7 +235,12 @@ class Steps:
         name: str,  # of the step
         step: Callable,  # without arguments; returns a value that JSON can hold
     ):
-        "The stored result of a step, or the result of `step()`, which is then stored."
+        """The stored result of a step, or the result of `step()`, which is then stored.
+
+        With `makes=False` nothing is run, and a step without a result gives None.
+        """
+        if not self.makes:
+            return self.done.get(name)
         if name not in self.done:
             print(f"· {name.replace('_', ' ')}", file=sys.stderr, flush=True)
             start = time.perf_counter()

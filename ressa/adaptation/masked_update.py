@@ -6,22 +6,19 @@
 __all__ = ['sparse_lora_linear']
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #b3dc1c7b
-import contextlib
-
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .fast_mask import fast_masked_weight, mask_update_
+from ressa.adaptation.fast_mask import (
+    fast_masked_weight,
+    mask_update_,
+    no_autocast,
+    not_a_view,
+    to_autocast,
+)
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #f187dd2b
-def _no_autocast(kind):
-    "Compute in the precision of the arguments, also inside of autocast."
-    if torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
-
-
 class _SparseLora(torch.autograd.Function):
     """Y = XW'ᵀ + b with W' = W + s·(BA)⊙[W≠0].
 
@@ -33,14 +30,12 @@ class _SparseLora(torch.autograd.Function):
     def forward(ctx, x, weight, bias, A, B, scale):
         ctx.save_for_backward(x, weight, A, B)
         ctx.scale = scale
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
+            # The scale is multiplied into B each time: no scaled copy is kept.
             merged = fast_masked_weight(weight, A, B * scale)
             if bias is not None:
                 bias = bias.to(x.dtype)
-            y = F.linear(x, merged.to(x.dtype), bias)
-        # Of a batch of sequences, y is a view, which autograd would not let a model
-        # change in place (`y += …`); this is the same memory, and no view.
-        return torch.ops.aten._unsafe_view(y, y.shape)
+            return not_a_view(F.linear(x, merged.to(x.dtype), bias))
 
     @staticmethod
     @once_differentiable
@@ -48,7 +43,7 @@ class _SparseLora(torch.autograd.Function):
         x, weight, A, B = ctx.saved_tensors
         needs_dx, _, needs_dbias, needs_dA, needs_dB, _ = ctx.needs_input_grad
         dx = dbias = dA = dB = None
-        with _no_autocast(dy.device.type):
+        with no_autocast(dy.device.type):
             scaled_B = B * ctx.scale
             flat_dy = dy.reshape(-1, len(B))  # (tokens, out)
             flat_x = x.reshape(-1, A.shape[1])  # (tokens, in)
@@ -84,7 +79,4 @@ def sparse_lora_linear(
             "weight, A and B must be (out, in), (r, in) and (out, r), not "
             f"{tuple(weight.shape)}, {tuple(A.shape)} and {tuple(B.shape)}"
         )
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    return _SparseLora.apply(x, weight, bias, A, B, scale)
+    return _SparseLora.apply(to_autocast(x), weight, bias, A, B, scale)

@@ -66,7 +66,7 @@ from ressa.cli.run_data import (
 from ..data.collate import draw_examples
 from ..data.easy_vqa import load_easy_vqa
 from ..data.held_out import without_pictures_of
-from ..devices import pick_device
+from ..devices import is_first_process, pick_device, wait_for_all
 from ..evaluation.answers import blind
 from ressa.files import (
     Steps,
@@ -166,6 +166,12 @@ def open_out(
     return results
 
 # %% ../../nbs/reference/command_main_job.ipynb #90659509
+def _say(text):
+    "Tell the user what is done; of several processes the first one speaks."
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
 class RunPlan(NamedTuple):
     "What is known before a weight is loaded."
 
@@ -194,7 +200,7 @@ class RunPlan(NamedTuple):
 
     def load_model(self, purpose: str) -> nn.Module:
         "Load the model with its weights, and say what for."
-        print(f"· load {self.args.model}: {purpose}", file=sys.stderr, flush=True)
+        _say(f"· load {self.args.model}: {purpose}")
         model, _ = open_model(self.args)
         return model
 
@@ -413,7 +419,7 @@ def _show_plan(plan):
         f"memory by formula: {short_size(need.peak)} beside the program; free: "
         + ("unknown" if available is None else short_size(available)),
     ]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    _say("\n".join(lines))
     if not args.ignore_memory:
         hints = advice(plan.empty, plan.parts, plan.load)
         require_memory(need, available, plan.device, hints)
@@ -462,7 +468,7 @@ def pruned(
             micro_batch=args.micro_batch or (None if bundled else _MICRO_BATCH),
             exact=args.exact,
             keep_dense=False,  # a command that fails does not use this model again
-            progress=name,
+            progress=name if is_first_process() else False,
             **_allocated(args, model, calibration, pruning_target(args)),
         )
     except HalfPrunedError as error:
@@ -515,7 +521,7 @@ def _repair_options(plan, row):
 def _train(plan, steps, row, model, teacher):
     "Repair a pruned model; returns the report."
     options = _repair_options(plan, row)
-    print(f"· train: {row.replace('_', ' ')}", file=sys.stderr, flush=True)
+    _say(f"· train: {row.replace('_', ' ')}")
     if options.get("distill_weight") == 0:
         teacher = None
     start = time.perf_counter()
@@ -547,7 +553,7 @@ def _measure_repaired(plan, report, row):
 def _repair_row(plan, steps, row, model, teacher):
     "Repair a pruned model, save it if it is the RESSA model, and measure it."
     report = _train(plan, steps, row, model, teacher)
-    if row == "repaired":
+    if row == "repaired" and is_first_process():
         save_model(report.model, plan.processor, plan.out / "model")
     steps.run(row, functools.partial(_measure_repaired, plan, report, row))
 
@@ -574,7 +580,7 @@ def _cached(plan, dense):
     for name in ("examples", "held_out"):
         if getattr(plan, name) is None:
             continue
-        print(f"· ask the teacher: {name}", file=sys.stderr, flush=True)
+        _say(f"· ask the teacher: {name}")
         cached[name] = cache_targets(
             dense,
             getattr(plan, name),
@@ -604,7 +610,7 @@ def _rivals(plan, steps, calibration, teacher):
 # %% ../../nbs/reference/command_main_job.ipynb #0c8e8820
 def main_job(
     args: argparse.Namespace,  # from `read_options`, for the keys of `ressa repair`
-) -> dict:  # what `results.json` holds
+) -> dict:  # what `results.json` holds; empty in a process that is not the first
     """Measure, prune, repair and measure again; write the model, results and a report.
 
     Each step runs once: a run that was stopped is resumed. Raises `ValueError` for
@@ -614,7 +620,7 @@ def main_job(
     results = stored_results(out, settings_of(args))
     if results is None:
         results = _new_results(args, out)
-    if args.training.get("push_to_hub"):
+    if args.training.get("push_to_hub") and is_first_process():
         page = push_to_hub(out, args.training)
         print(f"· uploaded: {page}", file=sys.stderr)
     return results
@@ -624,9 +630,13 @@ def _new_results(args, out):
     "Make or resume a run."
     plan = plan_of(args)
     _show_plan(plan)
-    open_out(out, settings_of(args))
+    if is_first_process():
+        open_out(out, settings_of(args))
+    wait_for_all()
+    steps = Steps(out / "steps.json", makes=is_first_process())
+    wait_for_all()  # all know the same steps before the first one makes more
     try:
-        return _run_steps(plan, Steps(out / "steps.json"))
+        return _run_steps(plan, steps)
     except torch.OutOfMemoryError as error:
         hints = advice(plan.empty, plan.parts, plan.load)
         raise TooLittleMemory(
@@ -644,7 +654,11 @@ def _run_steps(plan, steps):
     steps.run("blind", functools.partial(_measure_blind, plan))
     teacher: Any = None
     if plan.load.teacher == "cached":
+        if not is_first_process():
+            wait_for_all()  # the first one asks; the others read what it wrote
         plan = _cached(plan, model)
+        if is_first_process():
+            wait_for_all()
         teacher = CachedTeacher()
     if plan.load.teacher == "model":
         teacher, model = model, plan.load_model("student")
@@ -660,7 +674,8 @@ def _run_steps(plan, steps):
     del model, own_teacher
     _free()
     _rivals(plan, steps, calibration, teacher)
-    return _finish(plan, steps.done)
+    wait_for_all()
+    return _finish(plan, steps.done) if is_first_process() else {}
 
 # %% ../../nbs/reference/command_main_job.ipynb #9785cc48
 _NOT_IN_ROWS = ("answers", "captions", "log", "zeros_filled", "sparsity", "weights")

@@ -62,6 +62,8 @@ def run(
     read = read_options(options, *KEYS, training=True)
     read.line = options.line
     results = main_job(read)
+    if not results:  # of several processes, the first one has them
+        return
     print(summary_table(results))
     seconds = sum(results["seconds"].values())
     out = Path(read.out)

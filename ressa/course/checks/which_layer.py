@@ -11,31 +11,51 @@ import torch
 from ..checking import expect
 
 # %% ../../../nbs/reference/checks/08_which_layer.ipynb #041eeb31
+def _cut(sparsities):
+    "Sparsities between 0 and 1."
+    return {name: min(max(value, 0.0), 1.0) for name, value in sparsities.items()}
+
+
+def _met(preferred, sizes, budget):
+    "All sparsities shifted by one amount and cut, so that the budget is met."
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        shift = (low + high) / 2
+        met = _cut({name: value + shift for name, value in preferred.items()})
+        removed = sum(met[name] * sizes[name] for name in sizes)
+        if removed < budget * sum(sizes.values()):
+            low = shift
+        else:
+            high = shift
+    return met
+
+
 def check_meet(
     meet,  # your function of preferred, sizes and budget
 ) -> None:
-    "Check the exercise *Meet the budget* on three layers of different size."
-    sizes = dict(zip("abc", (torch.randperm(9)[:3] + 1).tolist()))
-    preferred = dict(zip("abc", (0.3 + 0.4 * torch.rand(3)).tolist()))
-    budget = 0.6
+    "Check the exercise *Meet the budget* on three layers, one of which reaches 1."
+    sizes = dict(zip("abc", (torch.randperm(4)[:3] + 2).tolist()))
+    first, second, third = torch.rand(3).tolist()
+    preferred = {
+        "a": 0.9 + 0.08 * first,
+        "b": 0.4 + 0.1 * second,
+        "c": 0.2 + 0.1 * third,
+    }
+    budget = 0.85
     planned = sum(preferred[name] * sizes[name] for name in sizes)
-    weights = sum(sizes.values())
-
-    def shifted(shift):
-        return {name: value + shift for name, value in preferred.items()}
-
-    factor = budget * weights / planned
+    shift = budget - planned / sum(sizes.values())
+    shifted = {name: value + shift for name, value in preferred.items()}
     expect(
         meet,
         {"preferred": preferred, "sizes": sizes, "budget": budget},
-        wanted=shifted(budget - planned / weights),
+        wanted=_met(preferred, sizes, budget),
         mistakes={
-            "a large layer counts more than a small one": shifted(
-                budget - sum(preferred.values()) / 3
+            "a sparsity is above 1": shifted,
+            "too few weights are removed: one layer has reached 1, so the others "
+            "have to lose more": _cut(shifted),
+            "a large layer counts more than a small one": _met(
+                preferred, dict.fromkeys(sizes, 1), budget
             ),
-            "shift all sparsities by the same amount, do not scale them": {
-                name: value * factor for name, value in preferred.items()
-            },
             "the budget is not met": preferred,
         },
     )

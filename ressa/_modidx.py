@@ -1346,6 +1346,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                                                                                   'ressa/course/real_study.py'),
                                          'ressa.course.real_study._status': ( 'studies/real_model.html#_status',
                                                                               'ressa/course/real_study.py'),
+                                         'ressa.course.real_study._training_examples': ( 'studies/real_model.html#_training_examples',
+                                                                                         'ressa/course/real_study.py'),
                                          'ressa.course.real_study.dense_model': ( 'studies/real_model.html#dense_model',
                                                                                   'ressa/course/real_study.py'),
                                          'ressa.course.real_study.measured': ( 'studies/real_model.html#measured',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'WINDOWS', 'WINDOW', 'TEXTS', 'BATCH', 'PIECE', 'ANSWER', 'CALIBRATION', 'PAIRS', 'STEPS', 'EXAMPLES',
-           'PAPER_WEIGHT', 'ROWS', 'METHODS_COMPARED', 'TARGETS', 'REPAIRED', 'EQUAL_SUMS', 'dense_model', 'pairs',
-           'study_windows', 'measured', 'text_pieces', 'Cost', 'pruned', 'Row', 'real_settings', 'real_run',
-           'run_real_study']
+           'PAPER_WEIGHT', 'RANK', 'LONG_STEPS', 'LONG_RANK', 'LONG_PIECE', 'PIECES', 'ROWS', 'METHODS_COMPARED',
+           'TARGETS', 'REPAIRED', 'EQUAL_SUMS', 'dense_model', 'pairs', 'study_windows', 'measured', 'text_pieces',
+           'Cost', 'pruned', 'Row', 'real_settings', 'real_run', 'run_real_study']
 
 # %% ../../nbs/studies/real_model.ipynb #a070255c
 import copy
@@ -120,11 +120,12 @@ CALIBRATION = 32  # pairs, and as many pieces of text
 def text_pieces(
     n: int,
     seed: int = 0,  # another seed draws other pieces
+    length: int = PIECE,  # tokens of a piece
 ) -> Dataset:  # image (None), prompt, answer, question_type
     "Pieces of the training text: without an image, and their last tokens as answer."
     _, processor = dense_model()
     tokenizer = processor.tokenizer
-    windows = text_windows(tokenizer, topics_text()[0], length=PIECE, windows=None)
+    windows = text_windows(tokenizer, topics_text()[0], length=length, windows=None)
     generator = torch.Generator().manual_seed(seed)
     drawn = windows[torch.randperm(len(windows), generator=generator)[:n]]
     rows = pairs("train", 1).select([0] * n)  # the columns and their types
@@ -215,6 +216,9 @@ PAIRS = 256
 STEPS = 60
 EXAMPLES = 8  # of a step
 PAPER_WEIGHT = 0.1  # λ of the paper's loss
+RANK = 8  # of the language part
+LONG_STEPS, LONG_RANK = 200, 16  # of a repair that learns from text, too
+LONG_PIECE, PIECES = 64, 512  # tokens of a piece of text, and how many there are
 
 
 class Row(NamedTuple):
@@ -222,7 +226,8 @@ class Row(NamedTuple):
 
     options: dict  # of `repair`
     rates: tuple[float, ...] = (1e-3,)  # learning rates that are tried
-    text: bool = False  # with pieces of text
+    text: bool = False  # with pieces of text, for longer, and with a larger rank
+    method: str = "wanda"  # that pruned the model
 
 
 def _distilled(positions, weight=PAPER_WEIGHT):
@@ -237,36 +242,48 @@ ROWS = {
         {"adapter": "lora", "distill_weight": 0.0}, (1e-3, 3e-4)
     ),
     "HiRA": Row({"adapter": "hira", **_distilled("text")}, (1e-2,)),
+    "RESSA and text": Row(_distilled("text", 0.5), text=True),
     "labels and text": Row({"distill_weight": 0.0}, text=True),
-    "RESSA and text": Row(_distilled("text"), text=True),
+    "RESSA and text, after SparseGPT": Row(
+        _distilled("text", 0.5), text=True, method="sparsegpt"
+    ),
     "every position": Row(_distilled("all")),
 }
 
 
-def _repair_run(row, sparsity, rate, seed, steps=STEPS):
-    "Prune by Wanda, repair one way, and measure."
-    dense, processor = dense_model()
-    model, _ = pruned("wanda", {"language": sparsity}, seed)
-    masks = zero_masks(model)
+def _training_examples(text, seed):
+    "Pairs of easy-VQA; with text, as many pieces of text as pairs in a batch."
     data = pairs("train", PAIRS, seed)
-    if ROWS[row].text:
-        data = concatenate_datasets([data, text_pieces(PAIRS, seed)])
+    if not text:
+        return data
+    pieces = text_pieces(PIECES, seed, LONG_PIECE)
+    return concatenate_datasets([data] * (PIECES // PAIRS) + [pieces])
+
+
+def _repair_run(row, sparsity, rate, seed, steps=None):
+    "Prune, repair one way, and measure."
+    dense, processor = dense_model()
+    way = ROWS[row]
+    if steps is None:
+        steps = LONG_STEPS if way.text else STEPS
+    model, _ = pruned(way.method, {"language": sparsity}, seed)
+    masks = zero_masks(model)
     # on a CPU, the backward pass of this kind of attention is the fastest
     model.model.text_model.set_attn_implementation("eager")
     with Cost() as cost:
         report = repair(
             model,
-            data,
+            _training_examples(way.text, seed),
             processor,
             teacher=dense,
             steps=steps,
             batch_size=EXAMPLES,
             learning_rate=rate,
-            r={"language": 8},
+            r={"language": LONG_RANK if way.text else RANK},
             seed=seed,
             bf16=True,
             disable_tqdm=True,
-            **ROWS[row].options,
+            **way.options,
         )
     return {
         "zeros_filled": zeros_filled(masks, report.model),

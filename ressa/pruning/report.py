@@ -88,9 +88,13 @@ def _name_blocks(layers, ax):
     blocks = [_block_of(layer) for layer in layers]
     starts = [i for i, b in enumerate(blocks) if i == 0 or b != blocks[i - 1]]
     step = max(1, ceil(len(starts) / MOST_TICKS))
-    ax.set_xticks(starts[::step], [blocks[i] for i in starts[::step]])
-    if len(starts) > MOST_TICKS // 2:
-        ax.tick_params(axis="x", rotation=30)
+    ax.set_xticks(
+        starts[::step],
+        [blocks[i] for i in starts[::step]],
+        rotation=30,
+        ha="right",
+        rotation_mode="anchor",
+    )
 
 
 def _draw_errors(layers, ax):

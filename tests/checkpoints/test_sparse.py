@@ -457,7 +457,7 @@ def test_the_rest_of_a_folder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_saving_and_loading(tmp_path):
-    "49 layers of 4 MiB each: beside the model, about one of them. (3.4, 1.0, 0.0 and -2.9 MiB when it was written.)"
+    "21 layers of 4 MiB each: beside the model, about one of them. (3.4, 1.0, 0.0 and -2.9 MiB when it was written.)"
     code = f"""
 import threading, time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -470,7 +470,7 @@ def peak(function):
     thread = threading.Thread(target=watch); thread.start()
     result = function(); function_done.set(); thread.join()
     return top[0] - start, result
-config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=8)
+config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8)
 model = LlamaForCausalLM(config)
 with torch.no_grad():
     for weight in model.parameters(): weight.mul_(torch.rand_like(weight) < 0.5)
@@ -487,7 +487,7 @@ print(size, saving, unpacking, packing, loading - size)
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
     )
     size, *beside = map(float, out.stdout.split()[-5:])
-    assert size > 180, out.stderr[-2000:]
+    assert size > 80, out.stderr[-2000:]
     assert max(beside) < 10, (
         beside
     )  # MiB: a tensor of 4, its packed form, and what an allocator keeps

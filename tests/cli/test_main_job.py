@@ -92,6 +92,11 @@ def count_models(monkeypatch):
 COMPARED = (*TINY, "--compare", "labels", "--positions", "answer")
 
 
+def without_drawings(monkeypatch):
+    "Reports are looked at elsewhere; drawing one takes a third of a run as small as these."
+    monkeypatch.setattr(main_job, "html_report", lambda *what: "<html></html>")
+
+
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory):
     "One whole run with each teacher: (folder, results, most models alive at once)."
@@ -101,6 +106,7 @@ def whole_runs(tmp_path_factory):
         out = folder / teacher
         with pytest.MonkeyPatch.context() as patched:
             counts = count_models(patched)
+            without_drawings(patched)
             args = options(*COMPARED, "--teacher", teacher, "--out", out)
             results = main_job.main_job(args)
         runs[teacher] = out, results, max(counts)
@@ -144,6 +150,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, whole_runs, t
         with pytest.raises(KeyboardInterrupt):
             main_job.main_job(args)
     monkeypatch.setattr(main_job, "measure", watched)
+    without_drawings(monkeypatch)
     results = main_job.main_job(args)
     assert measured == ["repaired", "labels"]
     folder, whole, _ = whole_runs[teacher]

@@ -1,7 +1,6 @@
 """`ressa repair`, as a user calls it: whole runs, fresh processes, wrong options."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from warm_processes import started
+
+from ressa.cli.app import main
 
 COMMAND = str(Path(sys.executable).parent / "ressa")
 QUICK = "--limit 40 --steps 4 --batch-size 8 --calibration 16".split()
@@ -97,18 +99,17 @@ def test_killed_and_called_again(tmp_path, finished, run):
     tests/tools/reliability/faults.py kills at any moment.
     """
     out = tmp_path / "out"
-    line = [COMMAND, "repair", "--out", str(out), *QUICK]
-    quiet = os.environ | {"TQDM_DISABLE": "1"}
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=quiet)
-    for message in process.stderr:
-        if "train: repaired" in message:
-            break
+    line = ["repair", "--out", str(out), *QUICK]
+    process = started(main, line)
+    while not (out / "checkpoints").exists() and process.is_alive():
+        time.sleep(0.01)  # the training begins
     time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert (out / "run.json").exists() and not (out / "results.json").exists()
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, _, error = run(*line)
+    assert code == 0, error
     resumed = json.loads((out / "results.json").read_text())
     undisturbed = json.loads((finished[0] / "results.json").read_text())
     for row in ("dense", "pruned", "repaired"):

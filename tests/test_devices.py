@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from ressa import devices
 from ressa.devices import (
     DTYPES,
+    available_bytes,
+    copies_fit,
     cost_of,
+    is_first_process,
     kept_bytes,
     pick_device,
     pick_dtype,
@@ -109,3 +113,25 @@ def test_nothing_is_kept_without_gradients():
             return layer(torch.randn(2, 8))
 
     assert kept_bytes(forward, layer) == 0
+
+
+def test_copies_fit_where_they_are_small_beside_the_free_memory(monkeypatch):
+    free = {"cpu": 1000, "cuda:1": 100}
+    monkeypatch.setattr(devices, "available_bytes", lambda device: free[str(device)])
+    assert copies_fit([torch.zeros(4, 15)])  # 240 bytes of 1,000
+    assert not copies_fit([torch.zeros(4, 8), torch.zeros(4, 8)])  # 256
+    assert copies_fit([torch.zeros(10**6, device="meta")[:8], torch.zeros(4)])
+    assert copies_fit([])
+    free["cpu"] = None  # nobody knows
+    assert copies_fit([torch.zeros(1000)])
+
+
+def test_the_free_memory_is_known():
+    assert available_bytes(torch.device("cpu")) > 10**8
+
+
+def test_the_first_of_several_processes(monkeypatch):
+    assert is_first_process()
+    for rank, first in {"0": True, "1": False}.items():
+        monkeypatch.setenv("RANK", rank)
+        assert is_first_process() == first

@@ -71,6 +71,7 @@ class KeepsMask(LoraLinear):
 
     base_layer: nn.Linear | Conv1D
     mask_record: str | None = None  # of the base weight when the adapter was made
+    can_unmerge: bool = True  # False: `merge` keeps no second weight to go back to
 
     def __init__(self, base_layer, adapter_name, config, **kwargs):
         super().__init__(base_layer, adapter_name, config, **kwargs)
@@ -102,7 +103,7 @@ class KeepsMask(LoraLinear):
         if not self.merged:
             return
         _keep_nonzero_(weight.data, before != 0)
-        if not was_merged:
+        if self.can_unmerge and not was_merged:
             self.register_buffer("weight_before_merge", before, persistent=False)
 
     def unmerge(self):
@@ -110,6 +111,8 @@ class KeepsMask(LoraLinear):
         if not self.merged:
             super().unmerge()  # which warns
             return
+        if not self.can_unmerge:
+            raise RuntimeError("this merge keeps no weight to go back to")
         self.merged_adapters.clear()
         self.base_layer.weight.data.copy_(self.weight_before_merge)
         del self.weight_before_merge

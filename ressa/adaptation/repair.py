@@ -33,6 +33,7 @@ from ressa.adaptation.adapters import (
     zero_masks,
     zeros_filled,
 )
+from .kept_masks import KeepsMask
 from .sparse_lora import DEFAULT_RANKS
 from .teachers import examples_hash
 from ressa.adaptation.trainer import (
@@ -43,7 +44,7 @@ from ressa.adaptation.trainer import (
     require_training_data,
 )
 from ..data.held_out import count_seen
-from ..devices import input_device, is_placed, require_in_memory
+from ..devices import copies_fit, input_device, is_placed, require_in_memory
 from ..evaluation.answers import evaluate
 from ..files import last_whole_checkpoint, read_json, write_json
 from ..models.inputs import is_causal
@@ -406,6 +407,9 @@ def _merged(student, adapter, masks, device):
     model = student
     _require_finite_updates(student)
     unmask_gradients(student)
+    for layer in student.modules():
+        if isinstance(layer, KeepsMask):
+            layer.can_unmerge = False  # `_Undo` holds what is needed
     if isinstance(student, PeftModel):
         model = student.merge_and_unload(safe_merge=True)
     if adapter == "lora":
@@ -450,24 +454,41 @@ def _trained_as_before(*models):
             weight.requires_grad_(is_wanted)
 
 # %% ../../nbs/reference/repair.ipynb #3e003dda
+class _Undo:
+    "What a repair that fails puts back."
+
+    def __init__(self):
+        self.values: dict[nn.Parameter, torch.Tensor] = {}  # weight → before training
+        self.is_complete = True
+
+    def before_merging(self, student, keep):
+        "Hold the base weights of all layers, or note that they are lost."
+        layers = [m for m in student.modules() if isinstance(m, BaseTunerLayer)]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        if keep is None:
+            keep = copies_fit(weights)
+        if keep:  # a safe merge makes new tensors, so these stay as they are
+            self.values.update({weight: weight.data for weight in weights})
+        self.is_complete = keep
+
+
 @contextlib.contextmanager
 def _unchanged_on_failure(model, device):
     """A repair that fails, or is stopped, leaves the model as it was.
 
-    Yields a dictionary for the values of the weights that are about to be trained.
+    Yields an `_Undo` for the values of the weights that are about to change. Raises
+    `RuntimeError` if the repair fails while it merges, and they were not kept.
     """
     modes = [(module, module.training) for module in model.modules()]
     needed = [(weight, weight.requires_grad) for weight in model.parameters()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    before: dict[nn.Parameter, torch.Tensor] = {}
+    undo = _Undo()
     try:
-        yield before
-    except BaseException:
+        yield undo
+    except BaseException as error:
         unmask_gradients(model)
         for path, module in list(model.named_modules()):
             if isinstance(module, BaseTunerLayer):
-                if module.merged:
-                    module.unmerge()
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, module.get_base_layer())
         if hasattr(model, "peft_config"):
@@ -475,7 +496,7 @@ def _unchanged_on_failure(model, device):
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for weight, values in before.items():
+            for weight, values in undo.values.items():
                 weight.copy_(values)
             for name, values in buffers.items():
                 model.get_buffer(name).copy_(values)
@@ -484,23 +505,29 @@ def _unchanged_on_failure(model, device):
             weight.grad = None
         if not is_placed(model):
             model.to(device)
+        if not undo.is_complete:
+            raise RuntimeError(
+                "the repair was stopped while its update was merged, so some layers "
+                "are merged and others are not: load the pruned model anew"
+            ) from error
         raise
 
 # %% ../../nbs/reference/repair.ipynb #2345b350
-def _repaired(model, teacher, args, checkpoints, ranks, of_trainer):
+def _repaired(model, teacher, args, checkpoints, ranks, keep_pruned, of_trainer):
     "Train and merge an adapter: the report of the repair, without a held-out score."
     masks, device = zero_masks(model), input_device(model)
     start = time.perf_counter()
     set_seed(args.seed)
     with (
         _trained_as_before(model, getattr(teacher, "model", teacher)),
-        _unchanged_on_failure(model, device) as before_training,
+        _unchanged_on_failure(model, device) as undo,
     ):
         student = adapt(model, **ranks)
-        before_training.update(_values_of_trained(student))
+        undo.values.update(_values_of_trained(student))
         trained = trainable_weights(student)
         trainer = RessaTrainer(student, args, teacher, **of_trainer)
         _train_or_resume(trainer, checkpoints)
+        undo.before_merging(student, keep_pruned)
         model = _merged(student, ranks["adapter"], masks, device)
     return RepairReport(
         model=model,
@@ -527,6 +554,7 @@ def repair(
     seed: int = 0,  # of the adapters and of the order of the examples
     held_out=None,  # examples to score before and after, with question_type
     patience: int | None = None,  # stop after so many tenths of `steps` in vain
+    keep_pruned: bool | None = None,  # to undo a failed merge; None: if memory is ample
     data_collator=None,  # examples → batch; None: `collate_targets` with the processor
     preset: str | None = None,  # "paper": the arguments of the paper's code
     **arguments,  # of `RessaArguments`: distill_weight, temperature, bf16, …
@@ -565,7 +593,9 @@ def repair(
             callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
             data_collator=data_collator,
         )
-        report = _repaired(model, teacher, args, checkpoints, ranks, of_trainer)
+        report = _repaired(
+            model, teacher, args, checkpoints, ranks, keep_pruned, of_trainer
+        )
     if held_out is not None:
         report.held_out = before, _score(report.model, held_out, processor, args)
         _warn_of_harm(*report.held_out)

@@ -35,7 +35,6 @@ from ressa.cli.memory import (
     Load,
     TooLittleMemory,
     advice,
-    available_bytes,
     load_of_batch,
     memory_needed,
     require_memory,
@@ -66,7 +65,7 @@ from ressa.cli.run_data import (
 from ..data.collate import draw_examples
 from ..data.easy_vqa import load_easy_vqa
 from ..data.held_out import without_pictures_of
-from ..devices import is_first_process, pick_device, wait_for_all
+from ..devices import available_bytes, is_first_process, pick_device, wait_for_all
 from ..evaluation.answers import blind
 from ressa.files import (
     Steps,
@@ -531,6 +530,7 @@ def _train(plan, steps, row, model, teacher):
         plan.processor,
         teacher=teacher,
         folder=plan.out / "checkpoints" / row,
+        keep_pruned=False,  # a command that fails does not use this model again
         held_out=plan.held_out,
         patience=plan.args.patience,
         **options,

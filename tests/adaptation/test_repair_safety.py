@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from ressa.adaptation.adapters import adapt
+from ressa.adaptation.kept_masks import KeepsMask
 from ressa.adaptation.repair import repair
 from ressa.adaptation.sparse_lora import SparseLoraConfig
 from ressa.adaptation.teachers import examples_hash
@@ -133,6 +134,38 @@ class Spoils(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         trained[-1].data[0] = torch.nan
+
+
+class FailsWhileMerging:
+    "The merge of an adapter, which fails at its third layer."
+
+    def __init__(self, merge):
+        self.merge = merge
+        self.layers = 0
+
+    def __call__(self, *args, **kwargs):
+        self.layers += 1
+        if self.layers == 3:
+            raise KeyboardInterrupt
+        return self.merge(*args, **kwargs)
+
+
+@pytest.mark.parametrize("keep", [True, False, None])
+def test_a_merge_that_fails_is_undone_or_said_to_be_half_done(case, monkeypatch, keep):
+    before = bits(case.pruned)
+    fails = FailsWhileMerging(KeepsMask.merge)
+    monkeypatch.setattr(KeepsMask, "merge", lambda *args, **more: fails(*args, **more))
+    data = case.train.select(range(8))
+    options = dict(SHORT, learning_rate=0.1, keep_pruned=keep)
+    with pytest.raises(KeyboardInterrupt if keep is not False else RuntimeError) as it:
+        repair(case.pruned, data, case.processor, teacher=case.dense, **options)
+    if keep is False:
+        assert "load the pruned model anew" in str(it.value)
+        assert isinstance(it.value.__cause__, KeyboardInterrupt)
+        with pytest.raises(AssertionError):
+            assert_unchanged(case.pruned, before)
+    else:
+        assert_unchanged(case.pruned, before)
 
 
 @pytest.mark.parametrize("adapter", ["sparselora", "lora", "full"])

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
+from ressa import devices
 from ressa.data.collate import calibration_batch
 from ressa.models.bundled import load_bundled
 from ressa.parts import WRAPPERS, modality_map, require_bare, require_unwrapped
-from ressa.pruning import engine
 from ressa.pruning.engine import (
     HalfPrunedError,
     input_statistics,
@@ -198,7 +198,7 @@ def test_an_error_half_way_changes_nothing(dense, options, error):
 def test_without_copies_an_error_half_way_says_what_is_pruned(dense, monkeypatch):
     "Copies of the weights are kept where they are small beside the free memory."
     model, batch = copy.deepcopy(dense[0]), dense[1]
-    monkeypatch.setattr(engine, "KEPT_SHARE", 0.0)
+    monkeypatch.setattr(devices, "KEPT_SHARE", 0.0)
     method = third_fails(torch.OutOfMemoryError("no memory"))
     with pytest.raises(HalfPrunedError, match="after 2 of 33 layers.*no memory") as it:
         prune(model, batch, method, sparsity=0.5, progress=False)

@@ -513,6 +513,17 @@ def _unchanged_on_failure(model, device):
         raise
 
 # %% ../../nbs/reference/repair.ipynb #2345b350
+def _trainer_options(processor, data, watched, patience, data_collator):
+    "What the trainer is given beside the model, its teacher and its arguments."
+    return {
+        "processor": processor,
+        "train_dataset": data,
+        "eval_dataset": watched,
+        "callbacks": [] if patience is None else [EarlyStoppingCallback(patience)],
+        "data_collator": data_collator,
+    }
+
+
 def _repaired(model, teacher, args, checkpoints, ranks, keep_pruned, of_trainer):
     "Train and merge an adapter: the report of the repair, without a held-out score."
     masks, device = zero_masks(model), input_device(model)
@@ -586,13 +597,7 @@ def repair(
         if folder is not None:
             run = _run_of(model, data, teacher, watched, args, **ranks)
             _check_run(run, checkpoints, args)
-        of_trainer = dict(
-            processor=processor,
-            train_dataset=data,
-            eval_dataset=watched,
-            callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
-            data_collator=data_collator,
-        )
+        of_trainer = _trainer_options(processor, data, watched, patience, data_collator)
         report = _repaired(
             model, teacher, args, checkpoints, ranks, keep_pruned, of_trainer
         )

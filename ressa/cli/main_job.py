@@ -608,6 +608,39 @@ def _rivals(plan, steps, calibration, teacher):
         _free()
 
 # %% ../../nbs/reference/command_main_job.ipynb #0c8e8820
+def _run_steps(plan, steps):
+    "All steps of a run that were not made before."
+    args = plan.args
+    model = plan.load_model("dense")
+    calibration = draw_calibration(args, model, plan.examples, plan.processor)
+    steps.run("dense", functools.partial(plan.measure, model, "dense"))
+    steps.run("blind", functools.partial(_measure_blind, plan))
+    teacher: Any = None
+    if plan.load.teacher == "cached":
+        if not is_first_process():
+            wait_for_all()  # the first one asks; the others read what it wrote
+        plan = _cached(plan, model)
+        if is_first_process():
+            wait_for_all()
+        teacher = CachedTeacher()
+    if plan.load.teacher == "model":
+        teacher, model = model, plan.load_model("student")
+
+    start = time.perf_counter()
+    remember = plan.load.teacher == "self"
+    report, own_teacher = pruned(args, model, calibration, remember=remember)
+    steps.run("prune", report.to_dict)
+    steps.record_seconds("prune", time.perf_counter() - start)
+    steps.run("pruned", functools.partial(plan.measure, model, "pruned"))
+    if "repaired" not in steps.done:
+        _repair_row(plan, steps, "repaired", model, own_teacher or teacher)
+    del model, own_teacher
+    _free()
+    _rivals(plan, steps, calibration, teacher)
+    wait_for_all()
+    return _finish(plan, steps.done) if is_first_process() else {}
+
+# %% ../../nbs/reference/command_main_job.ipynb #5cccf5ac
 def main_job(
     args: argparse.Namespace,  # from `read_options`, for the keys of `ressa repair`
 ) -> dict:  # what `results.json` holds; empty in a process that is not the first
@@ -643,39 +676,6 @@ def _new_results(args, out):
             f"{plan.device} ran out of memory. What helps: "
             f"{'; '.join(hints) or 'a smaller model'}"
         ) from error
-
-
-def _run_steps(plan, steps):
-    "All steps of a run that were not made before."
-    args = plan.args
-    model = plan.load_model("dense")
-    calibration = draw_calibration(args, model, plan.examples, plan.processor)
-    steps.run("dense", functools.partial(plan.measure, model, "dense"))
-    steps.run("blind", functools.partial(_measure_blind, plan))
-    teacher: Any = None
-    if plan.load.teacher == "cached":
-        if not is_first_process():
-            wait_for_all()  # the first one asks; the others read what it wrote
-        plan = _cached(plan, model)
-        if is_first_process():
-            wait_for_all()
-        teacher = CachedTeacher()
-    if plan.load.teacher == "model":
-        teacher, model = model, plan.load_model("student")
-
-    start = time.perf_counter()
-    remember = plan.load.teacher == "self"
-    report, own_teacher = pruned(args, model, calibration, remember=remember)
-    steps.run("prune", report.to_dict)
-    steps.record_seconds("prune", time.perf_counter() - start)
-    steps.run("pruned", functools.partial(plan.measure, model, "pruned"))
-    if "repaired" not in steps.done:
-        _repair_row(plan, steps, "repaired", model, own_teacher or teacher)
-    del model, own_teacher
-    _free()
-    _rivals(plan, steps, calibration, teacher)
-    wait_for_all()
-    return _finish(plan, steps.done) if is_first_process() else {}
 
 # %% ../../nbs/reference/command_main_job.ipynb #9785cc48
 _NOT_IN_ROWS = ("answers", "captions", "log", "zeros_filled", "sparsity", "weights")

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'KEPT_SHARE', 'pick_device', 'pick_dtype', 'to_device', 'is_placed', 'input_device', 'require_in_memory',
-           'is_first_process', 'wait_for_all', 'available_bytes', 'copies_fit', 'Cost', 'cost_of', 'training_bytes',
-           'kept_bytes']
+           'is_first_process', 'wait_for_all', 'available_bytes', 'copies_fit', 'return_large_blocks', 'Cost',
+           'cost_of', 'training_bytes', 'kept_bytes']
 
 # %% ../nbs/reference/devices.ipynb #6af1c51d
+import ctypes
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -164,6 +166,16 @@ def copies_fit(
         if free is not None and size > KEPT_SHARE * free:
             return False
     return True
+
+# %% ../nbs/reference/devices.ipynb #d5413be2
+_LARGE_BLOCK = 2 * 2**20  # bytes: a weight of 700 × 700 in float32
+_M_MMAP_THRESHOLD = -3  # of `mallopt` in glibc: larger blocks are mapped one by one
+
+
+def return_large_blocks() -> None:
+    "Let the C library of Linux give freed large blocks back to the system at once."
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 # %% ../nbs/reference/devices.ipynb #488866a1
 class Cost(NamedTuple):

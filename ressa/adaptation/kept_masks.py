@@ -103,7 +103,11 @@ class KeepsMask(LoraLinear):
         if not self.merged:
             return
         _keep_nonzero_(weight.data, before != 0)
-        if self.can_unmerge and not was_merged:
+        if not self.can_unmerge:
+            # The memory of one weight may be a part of a mapped file, which is given
+            # back only as a whole: write into it, so that no second one is needed.
+            weight.data = before.copy_(weight.data)
+        elif not was_merged:
             self.register_buffer("weight_before_merge", before, persistent=False)
 
     def unmerge(self):

@@ -467,8 +467,8 @@ class _Undo:
         weights = [layer.get_base_layer().weight for layer in layers]
         if keep is None:
             keep = copies_fit(weights)
-        if keep:  # a safe merge makes new tensors, so these stay as they are
-            self.values.update({weight: weight.data for weight in weights})
+        if keep:
+            self.values.update({w: w.detach().clone() for w in weights})
         self.is_complete = keep
 
 

@@ -65,7 +65,13 @@ from ressa.cli.run_data import (
 from ..data.collate import draw_examples
 from ..data.easy_vqa import load_easy_vqa
 from ..data.held_out import without_pictures_of
-from ..devices import available_bytes, is_first_process, pick_device, wait_for_all
+from ressa.devices import (
+    available_bytes,
+    is_first_process,
+    pick_device,
+    return_large_blocks,
+    wait_for_all,
+)
 from ..evaluation.answers import blind
 from ressa.files import (
     Steps,
@@ -659,10 +665,16 @@ def main_job(
     return results
 
 
+_LARGE_MODEL = 10**8  # weights: below, memory is no concern, and speed is
+
+
 def _new_results(args, out):
     "Make or resume a run."
     plan = plan_of(args)
     _show_plan(plan)
+    weights = sum(weight.numel() for weight in plan.empty.parameters())
+    if plan.device.type == "cpu" and weights >= _LARGE_MODEL:
+        return_large_blocks()
     if is_first_process():
         open_out(out, settings_of(args))
     wait_for_all()

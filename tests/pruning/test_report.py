@@ -124,3 +124,14 @@ def test_the_figure_has_a_bar_for_each_layer_in_the_colour_of_its_part():
     wanted = [PALETTE[part] for part in ("vision", "language", "language")]
     assert colors == [color.lower() for color in wanted]
     assert example_report().plot(axes) is axes
+
+
+def test_the_figure_names_each_block_at_its_first_layer():
+    names = ("blocks.0.fc1", "blocks.0.fc2", "blocks.1.fc1", "head")
+    lines = [line("vision", (4, 6), sparsity=0.5, error=0.2) for _ in names]
+    for layer, name in zip(lines, names):
+        layer.name = name
+    axes = PruneReport(lines).plot()
+    assert axes.get_xticks().tolist() == [0, 2, 3]
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert shown == ["vision 0", "vision 1", "head"]

@@ -71,7 +71,7 @@ def check_corner_inverse(
 
 # %% ../../../nbs/reference/checks/06_sparsegpt.ipynb #c38b2099
 def check_prune_in_order(
-    prune_in_order,  # your function of weight (out, in), x (tokens, in), order, sparsity
+    prune_in_order,  # your function of weight (out, in), x, order and sparsity
 ) -> None:
     "Check the exercise *Another order* on related inputs, in a random order."
     x = torch.randn(30, 6) @ torch.randn(6, 6)

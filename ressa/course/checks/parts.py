@@ -126,7 +126,7 @@ class _Sources(nn.Module):
             vectors[source] = torch.tanh(layer(vectors[source]))
         return sum(vectors.values())
 
-
+# %% ../../../nbs/reference/checks/01_parts.ipynb #db36a75a
 def check_reads_of(
     reads_of,  # your function of (model, picture, question)
 ) -> None:

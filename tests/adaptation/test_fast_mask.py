@@ -36,3 +36,21 @@ def test_fast_and_plain_masked_weight_are_equal(weights, adapters):
     assert torch.equal(fast, plain)
     assert (fast[weight == 0] == 0).all()
     assert not torch.signbit(fast[weight == 0]).any()
+
+
+def test_under_autocast_the_input_is_low_and_the_update_is_not():
+    x, weight = torch.randn(3, 6), torch.randn(4, 6)
+    assert fast_mask.to_autocast(x) is x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast_mask.to_autocast(x).dtype == torch.bfloat16
+        assert (x @ weight.T).dtype == torch.bfloat16
+        with fast_mask.no_autocast("cpu"):
+            assert (x @ weight.T).dtype == torch.float32
+
+
+def test_an_output_that_is_no_view_has_the_same_memory():
+    view = torch.randn(6, 4).view(2, 3, 4)
+    own = fast_mask.not_a_view(view)
+    assert view._is_view() and not own._is_view()
+    assert own.data_ptr() == view.data_ptr()
+    assert torch.equal(own, view)

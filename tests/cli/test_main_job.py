@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from command_run import main_job_of
+from warm_processes import together
 
 from ressa.cli import main_job
 from ressa.cli.app import parse
@@ -127,6 +129,28 @@ def test_teachers_say_the_same(whole_runs):
     logs = [whole_runs[name][1]["training"]["repaired"] for name in ("model", "self")]
     for one, other in zip(*logs):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_run(tmp_path, whole_runs):
+    """Both train, on half of each batch; the first one alone measures and writes.
+
+    Each reads what the first one has asked the teacher.
+    """
+    from safetensors.torch import load_file
+
+    line = [*COMPARED, "--teacher", "cached", "--batch-size", "2"]
+    together(2, main_job_of, [*line, "--out", str(tmp_path / "two")])
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    alone, expected, _ = whole_runs["cached"]
+    assert results["zeros_filled"] == 0
+    for row in ("dense", "pruned"):
+        assert results[row]["accuracy"] == expected[row]["accuracy"]
+    for name, weight in load_file(tmp_path / "two/model/model.safetensors").items():
+        one = load_file(alone / "model" / "model.safetensors")[name]
+        torch.testing.assert_close(weight, one, rtol=0, atol=1e-3, msg=name)
+    left = {path.name for path in (tmp_path / "two").iterdir()}
+    assert left == {path.name for path in alone.iterdir()}
 
 
 @pytest.mark.slow

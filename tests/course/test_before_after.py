@@ -5,8 +5,15 @@ from itertools import product
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from notebooks import NBS
 
-from ressa.course.before_after import FATES, draw_answers, fates, nth_question
+from ressa.course.before_after import (
+    FATES,
+    draw_answers,
+    draw_stored_answers,
+    fates,
+    nth_question,
+)
 
 EVERY = np.array(list(product((0, 1), repeat=3)))  # dense, pruned, repaired
 
@@ -41,3 +48,14 @@ def test_a_drawing_marks_right_and_wrong_answers(data):
     assert texts[2] == "pruned: purple ✗"
     assert "Question" not in texts[0]
     plt.close(figure)
+
+
+def test_the_stored_answers_of_the_front_page_are_those_of_its_questions():
+    figure = draw_stored_answers(NBS / "results" / "before_after.json")
+    told = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+    plt.close(figure)
+    assert len(told) == 4
+    for dense, pruned, repaired in told:
+        assert dense.startswith("dense: ") and dense.endswith("✓")
+        assert pruned.startswith("pruned: ") and pruned.endswith("✗")
+        assert repaired.startswith("repaired: ") and repaired.endswith("✓")

@@ -55,6 +55,14 @@ def _keep_nonzero_(weight, kept):
         smallest = 2.0**-24  # its normal numbers end at 6e-5; no device flushes these
     return weight.masked_fill_(kept & (weight == 0), smallest)
 
+# %% ../../nbs/reference/kept_masks.ipynb #1ee79420
+def _is_whole(layer):
+    "Whether the base weight of a layer is there with all its numbers."
+    weight = layer.base_layer.weight
+    shape = (layer.out_features, layer.in_features)
+    stored_shape = shape[::-1] if layer.fan_in_fan_out else shape
+    return not weight.is_meta and weight.shape == stored_shape
+
 
 def _require_record(weight, record):
     "Raise `ValueError` if a base weight holds other zeros than recorded."
@@ -86,12 +94,8 @@ class KeepsMask(LoraLinear):
 
     def check_mask(self) -> None:
         "Raise `ValueError` if the base weight holds other zeros than recorded."
-        weight = self.base_layer.weight
-        shape = (self.out_features, self.in_features)
-        is_whole = weight.shape == (shape[::-1] if self.fan_in_fan_out else shape)
-        if self.mask_record is None or weight.is_meta or not is_whole:
-            return  # FSDP has placeholders and pieces
-        _require_record(weight, self.mask_record)
+        if self.mask_record is not None and _is_whole(self):
+            _require_record(self.base_layer.weight, self.mask_record)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None):
         "Add the update to the base weight; every zero stays, and no other is made."

@@ -22,7 +22,7 @@ def _shares(counts):
 def check_work_share(
     work_share,  # your function of (shapes, vectors)
 ) -> None:
-    "Check the exercise *Which part does more work?* on parts with layers of random size."
+    "Check the exercise *Which part does more work?* on layers of random size."
     for _ in range(2):
         shapes = {
             part: [tuple(torch.randint(2, 9, (2,)).tolist()) for _ in range(layers)]

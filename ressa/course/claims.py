@@ -128,7 +128,7 @@ class Claim(NamedTuple):
             "real": verdict(self.real, self.limit),
         }
 
-
+# %% ../../nbs/studies/claims.ipynb #f7c549a0
 def _ways(row, *targets):
     "Repaired against pruned alone, at some targets of the bundled study."
     return [

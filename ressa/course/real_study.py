@@ -250,7 +250,7 @@ ROWS = {
     "every position": Row(_distilled("all")),
 }
 
-
+# %% ../../nbs/studies/real_model.ipynb #5013b50d
 def _training_examples(text, seed):
     "Pairs of easy-VQA; with text, as many pieces of text as pairs in a batch."
     data = pairs("train", PAIRS, seed)
@@ -326,7 +326,7 @@ def real_settings() -> dict[str, list[dict]]:  # name of a part → settings of 
     settings["equal sums"] = [_prune_setting("wanda", both) for both in EQUAL_SUMS]
     return settings
 
-
+# %% ../../nbs/studies/real_model.ipynb #29737afc
 def real_run(
     kind: str,  # "prune" or "repair"
     **setting,  # of that kind, see `real_settings`

@@ -42,43 +42,15 @@ def test_every_notebook_has_its_place():
     assert set(PATHS) == {*index, *COURSE, *REFERENCE, *STUDIES, *CHECKS}
 
 
-MOST_LINES = 60  # of a cell, blank lines left out
-# Classes that are longer, and would not be read better in two.
-LONGER = {
-    "Statistics",  # the sums, and each number that is read off them
-    "_Masks",  # which mask is whose: one decision, for all that a model may be given
-}
-
-
-def code_lines(source):
-    """The lines of a cell; of a single definition, those that compute.
-
-    Its documentation (docstrings, comments, a line for each parameter) is asked for by
-    other rules, so it is left out there.
-    """
-    lines = source.splitlines()
-    body = ast.parse(source).body
-    counted = {i for i, line in enumerate(lines, 1) if line.strip()}
-    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef | ast.ClassDef):
-        return len(counted)
-    counted -= {i for i in counted if lines[i - 1].lstrip().startswith("#")}
-    for node in ast.walk(body[0]):
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-            continue
-        first = node.body[0]
-        counted -= set(range(node.lineno + 1, first.lineno))  # its parameters
-        if ast.get_docstring(node):
-            counted -= set(range(first.lineno, first.end_lineno + 1))
-    return len(counted)
+MOST_LINES = 60  # of a cell, all lines counted
 
 
 @every_page
 def test_lines_and_cells_can_be_read(path):
     for cell in cells(path, "code"):
-        names = {getattr(node, "name", "") for node in ast.parse(cell.source).body}
-        lines = code_lines(cell.source)
-        assert lines <= MOST_LINES or names <= LONGER, f"{lines}: {cell.source[:80]}"
-        for line in cell.source.splitlines():
+        lines = cell.source.splitlines()
+        assert len(lines) <= MOST_LINES, f"{len(lines)}: {cell.source[:80]}"
+        for line in lines:
             assert len(line) <= 88 or line.startswith("#| fig-alt"), line
 
 

@@ -478,7 +478,7 @@ def pruned(
         )
     except HalfPrunedError as error:
         if args.device_map is None:
-            raise error.__cause__ from None
+            raise (error.__cause__ or error) from None
         raise  # its message says what helps a model with offloaded weights
     if not remember:
         return report, None

@@ -729,7 +729,9 @@ def prune_layers(
     options["exact"] = exact
     pruner = _Pruner(model, batch, layers, targets, inputs, options, groups or {}, bar)
     if keep_dense is None:
-        keep_dense = copies_fit(layer.weight for layer in layers.values())
+        keep_dense = copies_fit(
+            layer.get_parameter("weight") for layer in layers.values()
+        )
     pruner.keeps_dense = keep_dense
     with (
         bar,

@@ -67,7 +67,7 @@ def check_who_comes_first(
             },
         }
         orders = {
-            hint: sorted(names, key=score.get, reverse=True)
+            hint: sorted(names, key=score.__getitem__, reverse=True)
             for hint, score in scores.items()
         }
         wanted = orders.pop("right")

@@ -301,6 +301,7 @@ def test_what_is_there_is_never_touched(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(tmp_path):
     "After the first of several files; nothing of that name is left, and what is left is not accepted."
     assert ended(killed.one_of_two_files, tmp_path / "target") == -signal.SIGKILL

@@ -1,6 +1,7 @@
 """How a notebook is written: the rules that a machine can check."""
 
 import ast
+import functools
 import re
 import sys
 
@@ -29,8 +30,14 @@ every_page = pytest.mark.parametrize("path", PATHS, ids=name_of)
 chapters = pytest.mark.parametrize("path", COURSE, ids=name_of)
 
 
+@functools.cache
+def read(path):
+    "A notebook, not to be changed: each of the tests looks at all of them."
+    return nbformat.read(path, 4)
+
+
 def cells(path, kind=None):
-    return [c for c in nbformat.read(path, 4).cells if kind in (None, c.cell_type)]
+    return [c for c in read(path).cells if kind in (None, c.cell_type)]
 
 
 def is_exported(cell):
@@ -192,7 +199,7 @@ def test_what_a_gpu_cell_does_has_run_on_a_cpu(path):
 
 
 def test_one_notebook_owns_one_module():
-    modules = [module_of(nbformat.read(path, 4)) for path in PATHS]
+    modules = [module_of(read(path)) for path in PATHS]
     modules = [module for module in modules if module]
     assert len(modules) == len(set(modules))
     assert not [

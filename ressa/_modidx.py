@@ -93,6 +93,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/ressa/', 'doc_host': '', '
                                                                                                     'ressa/adaptation/kept_masks.py'),
                                              'ressa.adaptation.kept_masks.KeepsMask.unmerge': ( 'reference/kept_masks.html#keepsmask.unmerge',
                                                                                                 'ressa/adaptation/kept_masks.py'),
+                                             'ressa.adaptation.kept_masks._is_whole': ( 'reference/kept_masks.html#_is_whole',
+                                                                                        'ressa/adaptation/kept_masks.py'),
                                              'ressa.adaptation.kept_masks._keep_nonzero_': ( 'reference/kept_masks.html#_keep_nonzero_',
                                                                                              'ressa/adaptation/kept_masks.py'),
                                              'ressa.adaptation.kept_masks._require_record': ( 'reference/kept_masks.html#_require_record',

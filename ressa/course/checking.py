@@ -87,6 +87,7 @@ def expect(
     assert shown(inputs) == before, "your function changed its input: work on a copy"
     if same(got, wanted, tolerance):
         return
+    assert got is not None, "your function returned None: does it end with `return`?"
     hint = "not yet right"
     for mistake, answer in (mistakes or {}).items():
         if same(got, answer, tolerance):

@@ -30,6 +30,10 @@ def check_largest_rank(
                 // (rows + columns),
                 "count the kept weights, not the pruned weights": pruned
                 // (rows + columns),
+                "round down in each row: it loses int(sparsity * columns)": int(
+                    (1 - sparsity) * rows * columns
+                )
+                // (rows + columns),
                 "an adapter has both A and B: count both": kept // columns,
                 "an adapter has both B and A: count both": kept // rows,
             },

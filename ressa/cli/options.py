@@ -106,7 +106,9 @@ class TestOptions:
     _argument_group_name = "test"
 
     split: str | None = _key(
-        None, "the split to test on: validation, test[:1000], … (default: the best one)"
+        None,
+        "the split to test on: validation, test[:1000], … "
+        "(default: validation, else test, else pictures kept apart from train)",
     )
     limit: int | None = _key(None, "test on this many examples at most")
     test_batch: int | None = _key(
@@ -137,8 +139,16 @@ class PruneOptions:
     allocation: str = _key(
         "uniform", "which layer gets which sparsity", choices=ALLOCATIONS
     )
-    exact: bool = _key(False, "prune to the nearest weight of a layer, not of each row")
-    calibration: int = _key(128, "examples that pruning measures its inputs on")
+    exact: bool = _key(
+        False,
+        "meet the sparsity of a layer to one weight; without it, the number of zeros "
+        "is rounded down in each row",
+    )
+    calibration: int = _key(
+        128,
+        "examples that pruning measures its inputs on; not more than there are to "
+        "learn from",
+    )
     micro_batch: int | None = _key(
         None,
         "examples that a block takes at once while it is pruned "
@@ -154,23 +164,32 @@ class RepairOptions:
 
     teacher: str = _key(
         "model",
-        "model: a second, dense model; self: the removed weights are put back to ask; "
-        "cached: its answers are stored first, then it is gone",
+        "model: a second, dense model stays in memory; self: the student with its "
+        "removed weights put back, without a second model; cached: the dense model is "
+        "asked before the training, its answers go to a file, and it is freed",
         choices=TEACHERS,
     )
     adapter: str = _key("sparselora", "what is trained", choices=ADAPTERS)
     rank: str | None = _key(
         None, 'rank of the update: 8, or JSON by part: \'{"vision": 4, "language": 8}\''
     )
-    alpha: str | None = _key(None, "alpha of the update, likewise (default: 16)")
+    alpha: str | None = _key(
+        None,
+        "the update is multiplied by alpha / rank; a number, or JSON by part "
+        "(default: 16)",
+    )
     held_out: int | None = _key(
         None, "training examples that are held out to watch the loss"
     )
     patience: int | None = _key(
-        None, "stop after so many tenths of the steps without a better held-out loss"
+        None,
+        "the held-out loss is measured ten times; stop after this many measurements in "
+        "a row without a new lowest loss (needs --held-out)",
     )
     compare: str | None = _key(
-        None, "rivals to train too, with commas: plain_lora, hira, labels"
+        None,
+        "other methods to train for comparison, separated by commas: plain_lora, hira, "
+        "labels",
     )
 
 

@@ -9,6 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
+# jsonschema, which reads notebooks, builds a grammar of web addresses when it is imported. No
+# notebook needs it, and it takes seconds in each process.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[assignment]
+
 import pytest
 import torch
 
@@ -40,6 +44,18 @@ LONG_FILES = (
     "test_rules.py",
     "test_search.py",
 )
+
+
+# Files in which every test runs a notebook or a browser.
+NOTEBOOK_FILES = ("test_notebooks.py", "test_site.py", "test_lab.py")
+
+
+def pytest_ignore_collect(collection_path, config):
+    "`make quick` does not even import what it leaves out: that alone takes seconds."
+    is_quick = "not slow" in config.option.markexpr
+    if is_quick and collection_path.name in (*LONG_FILES, *NOTEBOOK_FILES):
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items):

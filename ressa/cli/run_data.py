@@ -203,6 +203,6 @@ def require_calibration(
     "Raise `ValueError` if there are too few examples to calibrate on."
     if len(examples) < args.calibration:
         raise ValueError(
-            f"--calibration {args.calibration}: only {len(examples)} examples are there; "
-            "choose a smaller number, or give more data"
+            f"--calibration {args.calibration}: only {len(examples)} examples are "
+            "there; choose a smaller number, or give more data"
         )

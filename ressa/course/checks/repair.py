@@ -35,10 +35,14 @@ def check_when_to_stop(
         when_to_stop,
         {"losses": rising_once, "patience": 2},
         wanted=(3, 4),
-        mistakes={
-            "one measurement in vain is not two": (1, 2),
-            "an equal loss is no new lowest loss": (2, 4),
-        },
+        mistakes={"one measurement in vain is not two": (1, 2)},
+    )
+    equal_twice = [3.0, 2.0, 2.0, 4.0, 1.0]
+    expect(
+        when_to_stop,
+        {"losses": equal_twice, "patience": 2},
+        wanted=(1, 3),
+        mistakes={"an equal loss is no new lowest loss": (4, 4)},
     )
 
 # %% ../../../nbs/reference/checks/11_repair.ipynb #b08f39ff

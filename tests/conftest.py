@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[assignment]
 
 import pytest
-import torch
 
 # Whole files that take long together, though each of their tests is short: they walk many
 # classes, devices or settings. `make quick` leaves them out; `make test` runs them.
@@ -43,6 +42,12 @@ LONG_FILES = (
     "test_every_method.py",
     "test_rules.py",
     "test_search.py",
+    "test_adapter_checks.py",
+    "test_load_data.py",
+    "test_load_model.py",
+    "test_held_out.py",
+    "test_claims.py",
+    "test_explorers.py",
 )
 
 
@@ -66,6 +71,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seeded():
+    import torch  # here: the process that only hands out tests needs none
+
     torch.manual_seed(0)
 
 

@@ -206,6 +206,8 @@ class PretendedCards(TorchDispatchMode):
         torch.tensor = self._tensor_of_numbers
         self._capability = torch.cuda.get_device_capability
         torch.cuda.get_device_capability = lambda device=None: (7, 0)  # no grouped_mm
+        self._memory = torch.cuda.mem_get_info
+        torch.cuda.mem_get_info = lambda device=None: (10**12, 10**12)  # free, all
         # `torch.tensor(…, device="cuda")` makes a tensor on the CPU, and then moves it
         torch._C._set_only_lift_cpu_tensors(True)
         self.reset()
@@ -215,6 +217,7 @@ class PretendedCards(TorchDispatchMode):
         torch.cuda._lazy_init = self._lazy_init
         torch.tensor = self._tensor
         torch.cuda.get_device_capability = self._capability
+        torch.cuda.mem_get_info = self._memory
         torch._C._set_only_lift_cpu_tensors(False)
         return super().__exit__(*error)
 

@@ -334,6 +334,16 @@ LEFT_OUT = {  # name → why
     **dict.fromkeys(("meet_budget", "lmms_command"), "see wrong_calls"),
     "LayerSteps": "what meet_budget counts in, see test_budgets",
     "run_study": "see course/test_studies",
+    "draw_stored_answers": "given stored answers, see course/test_before_after",
+    "inputs_of_layers": "needs a model, see course/test_layer_inputs",
+    **dict.fromkeys(
+        ("is_first_process", "wait_for_all", "return_large_blocks"), "take no argument"
+    ),
+    "copies_fit": "given weights of a model, see test_devices",
+    **dict.fromkeys(
+        ("no_autocast", "not_a_view", "to_autocast"),
+        "steps of a layer, see adaptation/test_fast_mask",
+    ),
 }
 
 

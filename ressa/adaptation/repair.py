@@ -405,7 +405,6 @@ def _warn_of_harm(before, after):
 def _merged(student, adapter, masks, device):
     "The repaired model where it was before, its update merged, every zero in place."
     model = student
-    _require_finite_updates(student)
     unmask_gradients(student)
     for layer in student.modules():
         if isinstance(layer, KeepsMask):
@@ -467,9 +466,9 @@ class _Undo:
         weights = [layer.get_base_layer().weight for layer in layers]
         if keep is None:
             keep = copies_fit(weights)
-        if keep:
-            self.values.update({w: w.detach().clone() for w in weights})
-        self.is_complete = keep
+        for weight in weights if keep else []:
+            self.values.setdefault(weight, weight.detach().clone())
+        self.is_complete = keep or not weights
 
 
 @contextlib.contextmanager
@@ -538,6 +537,7 @@ def _repaired(model, teacher, args, checkpoints, ranks, keep_pruned, of_trainer)
         trained = trainable_weights(student)
         trainer = RessaTrainer(student, args, teacher, **of_trainer)
         _train_or_resume(trainer, checkpoints)
+        _require_finite_updates(student)
         undo.before_merging(student, keep_pruned)
         model = _merged(student, ranks["adapter"], masks, device)
     return RepairReport(

@@ -1,6 +1,7 @@
 """How Sphinx makes the site. Every script comes out of an installed package: pages need no network."""
 
 import re
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,11 +22,11 @@ extensions = [
     "myst_nb",
     "sphinx_copybutton",
     "sphinx.ext.mathjax",
-    "sphinx.ext.linkcode" if settings.git_url else "sphinx.ext.viewcode",
+    # The source of an entry stands under it; an address leads to the whole file as well.
+    *(["sphinx.ext.linkcode"] if settings.git_url else []),
 ]
 exclude_patterns = ["notebooks"]
 highlight_language = "text"
-viewcode_follow_imported_members = False  # else it imports the library
 python_display_short_literal_types = True
 add_module_names = False
 copybutton_selector = "div.highlight pre"
@@ -64,6 +65,7 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
+    "navigation_depth": 1,  # pages without their headings: each page lists its own
     "show_toc_level": 2,
     "home_page_in_toc": True,
     "navbar_persistent": [],
@@ -72,18 +74,17 @@ html_theme_options = {
 }
 
 
-def source_of(app, modname):
-    "The source of one of our modules, without importing it, and where its names are."
-    path = settings.config_path / f"{modname.replace('.', '/')}.py"
-    if not path.exists():
-        return None
+@lru_cache
+def places_in(module):
+    "Where the names of one of our modules are: {name: (kind, first line, last line)}."
+    path = settings.config_path / f"{module.replace('.', '/')}.py"
     code = path.read_text(encoding="utf-8")
-    return code, ModuleAnalyzer.for_string(code, modname).find_tags()
+    return ModuleAnalyzer.for_string(code, module).find_tags()
 
 
 def linkcode_resolve(domain, info):
     "The address of a name's source, once the project has one."
-    _, first, last = source_of(None, info["module"])[1][info["fullname"]]
+    _, first, last = places_in(info["module"])[info["fullname"]]
     path = info["module"].replace(".", "/")
     return f"{settings.git_url.rstrip('/')}/blob/{settings.branch}/{path}.py#L{first}-L{last}"
 
@@ -115,7 +116,5 @@ def local_fonts(app, error):
 
 
 def setup(app):
-    if not settings.git_url:
-        app.connect("viewcode-find-source", source_of)
     app.connect("doctree-read", nbdev_anchors)
     app.connect("build-finished", local_fonts)

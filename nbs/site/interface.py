@@ -30,6 +30,23 @@ def methods(node):
     )
 
 
+def bound_properties(node):
+    "The public properties that a class binds to functions: {name: its assignment}."
+    return {
+        line.targets[0].id: line
+        for line in (node.body if is_class(node) else [])
+        if isinstance(line, ast.Assign)
+        and isinstance(line.value, ast.Call)
+        and ast.unparse(line.value.func) == "property"
+        and not line.targets[0].id.startswith("_")
+    }
+
+
+def members(node):
+    "The names of what a class has an entry for: its methods and properties."
+    return [*(method.name for method in methods(node)), *bound_properties(node)]
+
+
 def is_class(node):
     return isinstance(node, ast.ClassDef)
 
@@ -46,7 +63,7 @@ def symbols(notebooks):
                 continue
             module = mark.group(1) or default
             for name, node in definitions(cell.source).items():
-                for full in (name, *(f"{name}.{m.name}" for m in methods(node))):
+                for full in (name, *(f"{name}.{member}" for member in members(node))):
                     found.setdefault(full, (module, page))
     return found
 
@@ -160,6 +177,20 @@ def table(node, source):
     return "\n".join("| " + " | ".join(row[i] for i in used) + " |" for row in cells)
 
 
+def property_entry(name, assignment, source, module, owner):
+    "The entry of a property that a class binds to a function: the comment behind it."
+    comment = docment(source.splitlines(), assignment)
+    return "\n".join(
+        [
+            f":::{{py:property}} {owner}.{name}",
+            f":module: {module}",
+            "",
+            escaped(comment),
+            ":::",
+        ]
+    )
+
+
 def entry(node, source, module, owner=""):
     "The entry of a function or class: signature, docstring, docments, and its methods in it."
     kind = "class" if is_class(node) else "method" if owner else "function"
@@ -176,6 +207,10 @@ def entry(node, source, module, owner=""):
         docstring(node),
         table(node, source),
         *(entry(m, source, module, node.name) for m in methods(node)),
+        *(
+            property_entry(name, assignment, source, module, node.name)
+            for name, assignment in bound_properties(node).items()
+        ),
     ]
     fence = ":::" if owner else "::::"
     name = f"{owner}.{node.name}" if owner else node.name

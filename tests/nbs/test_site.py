@@ -56,6 +56,11 @@ LOOK = """async () => {
         widgets: all('.jupyter-widgets').length,
         empty: all('.jupyter-widgets img').filter(i => !i.naturalWidth).length}}"""
 
+# The first lines of code that are longer than their column.
+SCROLLED_CODE = """() => [...document.querySelectorAll('main .highlight pre')]
+    .filter(code => code.scrollWidth > code.clientWidth && !code.closest('.cell_output'))
+    .map(code => code.textContent.slice(0, 80))"""
+
 
 def page_of(notebook):
     return page_name(notebook) + ".html"
@@ -173,6 +178,7 @@ def look(browser, path, number):
         seen = tab.evaluate(LOOK)
         seen["errors"] = tab.errors
         tab.set_viewport_size({"width": 1300, "height": 900})
+        seen["scrolled_code"] = tab.evaluate(SCROLLED_CODE)
         if path.name in IN_FULL:
             seen["light"] = axe(tab)
             tab.add_style_tag(content="* {transition: none !important}")
@@ -255,6 +261,11 @@ def test_fits_a_telephone(pages):
         for name, page in pages.items()
         if page["too_wide"] > 0
     }
+
+
+def test_code_fits_its_column(pages):
+    "Beside both sidebars of a laptop's screen; what a cell prints may be wider."
+    assert not each(pages, "scrolled_code")
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])

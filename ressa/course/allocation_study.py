@@ -32,12 +32,13 @@ from ..pruning.masks import select
 class StagedModel:
     """A model that is pruned in two stages, to measure many allocations quickly.
 
-    The front (vision and interface) is pruned once for many prunings of language.
+    The front (vision and interface) is pruned once. Then the language part can be
+    pruned many times.
     """
 
     def __init__(
         self,
-        model: nn.Module,  # a dense model; its weights are overwritten
+        model: nn.Module,  # a dense model; pruning overwrites its weights
         calibration: dict,  # the batch to prune with
         questions: list[dict],  # batches with labels, to be answered
         method: str = "wanda",  # as in `prune`
@@ -50,11 +51,11 @@ class StagedModel:
         self.dense_weights = {
             name: layer.weight.data.clone() for name, layer in self.mmap.layers.items()
         }
-        # what the front is pruned to at present
+        # the targets to which the front is pruned now
         self.front_allocation: Mapping | None = None
 
     def _prune(self, module, batch, allocation, names):
-        "Prune from dense weights: the layers `names` are made dense first."
+        "Restore the dense weights of the layers `names`, then prune."
         layers = self.mmap.layers
         for name in names:
             layers[name].weight.data.copy_(self.dense_weights[name])
@@ -65,7 +66,7 @@ class StagedModel:
         self,
         allocation: Mapping,  # layer name → target, of vision and interface
     ) -> None:
-        "Prune the front, and keep its outputs; does nothing if it has this allocation."
+        "Prune the front and keep its outputs, unless it already has this allocation."
         if allocation == self.front_allocation:
             return
         self._prune(self.model, self.calibration, allocation, self.dense_weights)
@@ -83,7 +84,7 @@ class StagedModel:
         front: Mapping,  # layer name → target, of vision and interface
         language: Mapping,  # layer name → target, of language
     ) -> np.ndarray:  # (questions,) 1.0 where the answer is right
-        "Which questions the model answers rightly when both are pruned in this way."
+        "Which questions the model answers right when it is pruned in this way."
         self.prune_front(front)
         names = self.mmap.linears["language"]
         self._prune(self.language, self.language_calibration, language, names)
@@ -106,9 +107,9 @@ def splits_of_sum(
 def named_allocation(
     name: str,  # a rule, "search", "search by block" or "search by part"
     model: nn.Module,  # the dense model
-    batch: dict,  # calibration rows with labels
+    batch: dict,  # calibration examples with labels
     sparsity: float,  # of vision and language together, in [0, 1)
-    seed: int = 0,  # of what is random in it
+    seed: int = 0,  # of the random choices of ECoFLaP
 ) -> dict:  # layer name → target
     """The allocation of this name; the same one for the same arguments.
 
@@ -201,7 +202,7 @@ def draw_surface(
     language: float,  # sparsity of language at the marked point
     ax: plt.Axes | None = None,  # None makes new ones
 ) -> plt.Axes:
-    "Accuracy over both sparsities, with contours, the line of equals and one point."
+    "Accuracy over both sparsities, with contours, the diagonal and one point."
     if ax is None:
         _, ax = plt.subplots(figsize=(4.5, 3.6))
     grid = np.array(surface["grid"])
@@ -224,7 +225,7 @@ def draw_mask(
     sparsity: float,  # of this layer, in [0, 1)
     ax: plt.Axes | None = None,  # None makes new ones
 ) -> plt.Axes:
-    "Which weights of a layer are kept, by Wanda on the inputs of the dense model."
+    "Which weights of a layer Wanda keeps, from the inputs in the dense model."
     if ax is None:
         _, ax = plt.subplots(figsize=(4.5, 3))
     score = trial.dense_weights[name].abs() * trial.stats[name].norm

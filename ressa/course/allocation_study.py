@@ -32,8 +32,7 @@ from ..pruning.masks import select
 class StagedModel:
     """A model that is pruned in two stages, to measure many allocations quickly.
 
-    The front (vision and interface) is pruned once. Then the language part can be
-    pruned many times.
+    The front (vision and interface) is pruned once, the language part many times.
     """
 
     def __init__(

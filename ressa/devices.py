@@ -87,8 +87,9 @@ def to_device(
 def is_placed(
     model: nn.Module,  # any model
 ) -> bool:
-    """Whether accelerate's hooks move the inputs of a model, which then must stay in
-    place.
+    """Whether accelerate has placed a model.
+
+    Its hooks then move the inputs, and the model must not be moved.
     """
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
@@ -130,7 +131,7 @@ def is_first_process() -> bool:
 
 
 def wait_for_all() -> None:
-    "Wait until every process that was started together has come here."
+    "Wait until every process that was started together has reached this call."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -155,7 +156,7 @@ KEPT_SHARE = 0.25
 def copies_fit(
     weights: Iterable[torch.Tensor],  # on one device or several
 ) -> bool:
-    "Whether copies of weights are small beside the free memory of their devices."
+    "Whether copies of weights are small compared with their devices' free memory."
     needed: dict[torch.device, int] = {}
     for weight in weights:
         device = torch.device("cpu") if weight.is_meta else weight.device
@@ -213,7 +214,7 @@ def cost_of(
 def training_bytes(
     model: nn.Module,  # on any device; on "meta" nothing is loaded
 ) -> dict[str, int]:  # "weights", "gradients", "optimizer" → bytes
-    "Count the bytes that training with AdamW holds all the time, without activations."
+    "Count the bytes that training with AdamW holds permanently, without activations."
     weights = 0
     trained = 0
     for parameter in model.parameters():

@@ -250,7 +250,7 @@ class Steps:
         return self.done[name]
 
     def record_seconds(self, name: str, seconds: float) -> None:
-        "Note the time of something that is no step; it is stored with the next step."
+        "Note the time of work outside the steps; it is stored with the next step."
         self.done["seconds"][name] = round(seconds, 2)
 
 # %% ../nbs/reference/files.ipynb #653323d0

@@ -36,6 +36,7 @@ LONG_FILES = (
     "test_adapter_folders.py",
     "test_real_training.py",
     "test_repair.py",
+    "test_resume.py",
     "test_trainer.py",
     "test_teachers.py",
     "test_engine.py",

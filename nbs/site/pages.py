@@ -61,6 +61,7 @@ REFERENCE_ORDER = {
     "Allocation": ["budgets", "rules", "search"],
     "Adaptation": [
         "repair",
+        "resume",
         "sparse_lora",
         "fast_mask",
         "adapters",

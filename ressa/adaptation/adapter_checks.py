@@ -20,7 +20,7 @@ from .kept_masks import KeepsMask
 from ..parts import LINEAR
 
 # %% ../../nbs/reference/adapter_checks.ipynb #8da557b5
-# Fields of PEFT's `LoraConfig` that do for SparseLoRA what PEFT says.
+# Fields of PEFT's `LoraConfig` that mean the same for SparseLoRA as for LoRA.
 OBEYED_OPTIONS = frozenset(
     """
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision
@@ -39,7 +39,7 @@ def _default(option):
 
 
 def _values(given):
-    "One value, those of a mapping, or none, as a list."
+    "A list of one value, of all values of a mapping, or an empty list for None."
     if given is None:
         return []
     return list(given.values()) if isinstance(given, dict) else [given]
@@ -65,7 +65,7 @@ def _check_numbers(config):
 
 # %% ../../nbs/reference/adapter_checks.ipynb #3bc498c4
 def require_supported_options(
-    config: LoraConfig,  # as its caller filled it in
+    config: LoraConfig,  # the options to check
 ) -> None:
     "Raise `ValueError` for an option that SparseLoRA does not obey, or a wrong value."
     for option in dataclasses.fields(LoraConfig):
@@ -94,7 +94,7 @@ def require_supported_options(
 
 # %% ../../nbs/reference/adapter_checks.ipynb #7004cad2
 def _is_chosen(config, name):
-    "Whether the options choose a layer; without `target_modules` all are chosen from."
+    "Whether the options choose a layer; without `target_modules`, any layer can be."
     if config.target_modules not in (None, "all-linear"):
         return bool(check_target_module_exists(config, name))
     if config.layers_to_transform is not None and "." not in name:
@@ -105,7 +105,7 @@ def _is_chosen(config, name):
 
 
 def _names_of_modules(model):
-    "Names of all modules, but those inside of an adapted layer."
+    "Names of all modules, except for those inside an adapted layer."
     adapted = None
     for name, module in model.named_modules():
         if adapted is not None and name.startswith(adapted):
@@ -134,7 +134,10 @@ def chosen_layers(
         else:
             found = any(f".{name}".endswith(f".{target}") for name in every_name)
         if not found:
-            raise ValueError(f"target_modules: the model has no layer {target!r}")
+            raise ValueError(
+                f"target_modules: the model has no layer {target!r}: use names from "
+                "model.named_modules()"
+            )
     candidates = every_name if layers is None else layers
     names = [name for name in candidates if _is_chosen(config, name)]
     if not names:
@@ -155,7 +158,10 @@ def require_fitting_patterns(
         for key in getattr(config, option) or {}:
             pattern = re.compile(rf"(.*\.)?({key})$")  # as PEFT looks it up
             if not any(pattern.match(name) for name in names):
-                raise ValueError(f"{option}: {key!r} matches no layer with an adapter")
+                raise ValueError(
+                    f"{option}: {key!r} matches no layer with an adapter: remove it, "
+                    "or add the layer to target_modules"
+                )
 
 
 def require_unpruned_saved_modules(

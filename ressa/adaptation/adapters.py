@@ -105,7 +105,7 @@ def _train_only(model, names):
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in names)
         if name in names and name in prunable:
-            # The mask as it is now: a kept weight that comes to 0 can leave it again.
+            # The mask is read only once: a kept weight that reaches 0 stays trainable.
             kept = weight.detach() != 0
             hook = weight.register_hook(functools.partial(_masked_gradient, kept))
             model.gradient_masks.append(hook)
@@ -115,7 +115,7 @@ def _train_only(model, names):
 def unmask_gradients(
     model: nn.Module,  # as `adapt` returned it
 ) -> None:
-    "Take off what masks the gradients of a model that trains its own weights."
+    "Remove the hooks that mask the gradients of a model that trains its own weights."
     for hook in vars(model).pop("gradient_masks", []):
         hook.remove()
 

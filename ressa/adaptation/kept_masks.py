@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 def mask_record(
     weight: torch.Tensor,  # (out, in)
 ) -> str:
-    "The zeros of a weight in one line: how many are kept, and a hash of which."
+    "A mask in one line: how many weights are kept, and a hash of their positions."
     kept = (weight != 0).cpu().numpy()
     bits = hashlib.sha1(np.packbits(kept).tobytes()).hexdigest()
     return f"{np.count_nonzero(kept)} of {kept.size} kept ({bits[:16]})"
@@ -34,7 +34,10 @@ def require_masks(
     others = []
     for name, recorded in masks.items():
         if name not in modules:
-            raise ValueError(f"the adapter was made for a model with a layer {name}")
+            raise ValueError(
+                f"the adapter was made for a model with a layer {name}, which this "
+                "model lacks: take the model that it was trained on"
+            )
         layer: Any = modules[name]  # a linear layer, or an adapter around it
         weight = getattr(layer, "base_layer", layer).weight
         if not weight.is_meta and mask_record(weight) != recorded:
@@ -75,7 +78,7 @@ def _require_record(weight, record):
 
 # %% ../../nbs/reference/kept_masks.ipynb #eaf94f06
 class KeepsMask(LoraLinear):
-    "A LoRA layer of PEFT that holds its base weight to the recorded mask."
+    "A LoRA layer of PEFT that checks and keeps the recorded mask of its base weight."
 
     base_layer: nn.Linear | Conv1D
     mask_record: str | None = None  # of the base weight when the adapter was made
@@ -108,8 +111,8 @@ class KeepsMask(LoraLinear):
             return
         _keep_nonzero_(weight.data, before != 0)
         if not self.can_unmerge:
-            # The memory of one weight may be a part of a mapped file, which is given
-            # back only as a whole: write into it, so that no second one is needed.
+            # The memory of a weight may be part of a mapped file, which is freed only
+            # as a whole. So write into this memory instead of taking new memory.
             weight.data = before.copy_(weight.data)
         elif not was_merged:
             self.register_buffer("weight_before_merge", before, persistent=False)
@@ -120,7 +123,10 @@ class KeepsMask(LoraLinear):
             super().unmerge()  # which warns
             return
         if not self.can_unmerge:
-            raise RuntimeError("this merge keeps no weight to go back to")
+            raise RuntimeError(
+                "the weight from before the merge was not kept: load the pruned model "
+                "and the adapter again"
+            )
         self.merged_adapters.clear()
         self.base_layer.weight.data.copy_(self.weight_before_merge)
         del self.weight_before_merge

@@ -88,16 +88,17 @@ def _removed_values(dense, pruned):
 
 
 def _check_zeros(removed):
-    "Raise `ValueError` if a weight has not as many zeros as values were removed."
+    "Raise `ValueError` unless each weight has as many zeros as values were removed."
     surplus_on = defaultdict(list)  # device → zeros beyond those values, per weight
     for weight, values in removed.items():
         zeros = (weight.data == 0).sum()
         surplus_on[weight.device].append(zeros - len(values))
-    # A GPU is asked once, and not once for each layer: each answer is waited for.
+    # Read from a GPU once and not for each layer, because each read waits for the GPU.
     for surplus in surplus_on.values():
         if torch.stack(surplus).any():
             raise ValueError(
-                "the student's zeros have changed since this teacher was made"
+                "the student's zeros have changed since this teacher was made: prune "
+                "the dense model again, and make a new teacher"
             )
 
 
@@ -108,7 +109,7 @@ def _put_back(weight, values):
 # %% ../../nbs/reference/teachers.ipynb #0dd4a245
 @contextmanager
 def _dense_while_called(layers, removed):
-    "Each layer holds its dense weight during its own call, and its pruned one else."
+    "Each layer holds its dense weight during its own call, and otherwise the pruned."
     pruned_weights = {}
 
     def put_dense(layer, inputs):
@@ -153,7 +154,7 @@ def _layers_of(student, removed):
     if len(layers) < len(removed):
         raise ValueError(
             "the student does not hold the weights that this teacher was made of: "
-            "make the teacher of the very model that is trained"
+            "make the teacher from the same model that is trained"
         )
     return layers
 
@@ -161,11 +162,14 @@ def _layers_of(student, removed):
 def _require_frozen(weights):
     "Raise `ValueError` if a weight is trained."
     if any(weight.requires_grad for weight in weights):
-        raise ValueError("the student's own weights are trained: use another teacher")
+        raise ValueError(
+            "the student's own weights are trained, so a SelfTeacher cannot restore "
+            "the dense ones: use a second model or cached targets"
+        )
 
 # %% ../../nbs/reference/teachers.ipynb #1b539833
 class SelfTeacher:
-    """The student with its removed weights put back while it is asked, and no adapter.
+    """The student without its adapter, with its removed weights put back in the call.
 
     Raises `ValueError` if pruning changed kept weights (SparseGPT does), and, when
     called, for a student that holds other weights, that trains its own, or whose
@@ -175,7 +179,7 @@ class SelfTeacher:
     def __init__(
         self,
         dense: nn.Module,  # the model before pruning; not needed afterwards
-        pruned: nn.Module,  # the very model that is trained, before adapters are put on
+        pruned: nn.Module,  # the same model that is trained, before it gets adapters
     ):
         require_in_memory(dense, "SelfTeacher")
         require_in_memory(pruned, "SelfTeacher")
@@ -185,7 +189,7 @@ class SelfTeacher:
     @classmethod
     def of_removed(
         cls,
-        pruned: nn.Module,  # the very model that is trained, before adapters are put on
+        pruned: nn.Module,  # the same model that is trained, before it gets adapters
         removed: dict[str, torch.Tensor],  # layer → values in the order of its zeros
     ) -> "SelfTeacher":
         "A teacher of a pruned model and the values that pruning took from it."
@@ -222,7 +226,7 @@ class SelfTeacher:
 
 # %% ../../nbs/reference/teachers.ipynb #ddb3edbb
 def _image_bytes(image):
-    "What a picture holds, whatever object it is; not where it lies in memory."
+    "The content of a picture as bytes, the same for every type of picture object."
     if image is None:
         return b"no image"
     if isinstance(image, (list, tuple)):
@@ -236,7 +240,7 @@ def _image_bytes(image):
 def examples_hash(
     data,  # examples with prompt and answer, and with image or without
 ) -> str:
-    "Name examples by what they hold: all texts, and a few images for all."
+    "Name examples by their content: all texts, and a sample of the images."
     examples = hashlib.sha1()
     for column in ("prompt", "answer"):
         examples.update("\n".join(data[column][:]).encode())
@@ -246,7 +250,7 @@ def examples_hash(
 
 
 def _fingerprint(data, teacher, k, temperature, positions):
-    "Examples, settings and teacher in a line; a few weights stand for all."
+    "Examples, settings and teacher in one line; of the teacher, a sample of weights."
     settings = f"k={k} T={float(temperature):g} positions={positions}"
     line = f"{examples_hash(data)} {settings}"
     if teacher is None:
@@ -295,7 +299,7 @@ def _ask(_, numbers, data, teacher, processor, k, temperature, positions):
         batch, labels, positions, causal=causal, pictures=pictures
     )
     logits = flat_logits(teacher(None, batch), labels)[distilled.flatten()]
-    # A table may be padded to more words than the tokenizer has; the student's may not.
+    # A teacher's table may be padded to more words than the tokenizer and student have.
     targets = top_targets(logits, k, temperature, len(tokenizer_of(processor)))
     tokens = distilled.sum(1).tolist()
     log_p = targets.values.cpu().split(tokens)
@@ -322,8 +326,8 @@ def cache_targets(
 ) -> Dataset:  # the examples with five more columns
     """Ask the teacher about every example once, and keep its targets in a file.
 
-    They cover the tokens of `positions`. Padding belongs to a batch and not to an
-    example, so that "all" leaves it out, unlike a teacher that is in memory. Raises
+    The targets cover the tokens of `positions`. Padding depends on the batch, so "all"
+    leaves it out, unlike a teacher that is in memory. Raises
     `ValueError` for a file of other examples, settings or another teacher, and without
     a teacher if there is no file.
     """
@@ -334,7 +338,10 @@ def cache_targets(
     fingerprint = _fingerprint(data, teacher, k, temperature, positions)
     if not file.exists():
         if teacher is None:
-            raise ValueError(f"{file.name} does not exist, and no teacher is given")
+            raise ValueError(
+                f"{file.name} does not exist, and no teacher is given: pass the dense "
+                "model as teacher to make the file"
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         settings = dict(
             data=data,
@@ -370,7 +377,7 @@ def collate_targets(
     processor,  # as in `collate`
     causal: bool = True,  # as in `collate`
 ) -> dict:  # a batch; with n targets: teacher_log_p (n, k+1), teacher_words (n, k)
-    "`collate`, and the targets of all tokens that have some, one below the other."
+    "A batch of `collate` with the targets of all distilled tokens, stacked."
     batch = collate(examples, processor, causal=causal)
     if "teacher_words" not in examples[0]:
         return batch

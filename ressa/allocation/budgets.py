@@ -46,10 +46,10 @@ def achieved_sparsity(
     Raises `ValueError` if the allocation is empty or one of its layers has no shape.
     """
     if not allocation:
-        raise ValueError("allocation names no layer")
+        raise ValueError("allocation is empty: name at least one layer")
     for name in allocation:
         if name not in shapes:
-            raise ValueError(f"allocation: layer {name!r} has no shape")
+            raise ValueError(f"allocation: add the shape of layer {name!r} to shapes")
     weights = sum(math.prod(shapes[name]) for name in allocation)
     zeros = sum(zeros_of(target, shapes[name]) for name, target in allocation.items())
     return zeros / weights
@@ -117,7 +117,7 @@ def solve_increasing(
     low: float,  # here the function is below `wanted`
     high: float,  # and here at or above it
 ) -> float:
-    "Where an increasing function reaches a value; the nearest end if it does not."
+    "Where an increasing function reaches a value; if it does not, the nearer end."
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if function(middle) < wanted:
@@ -142,7 +142,7 @@ def _zeros_to_place(shapes, sparsity, fixed, steps):
 
 
 def _rounded_to_steps(ideal, steps, wanted):
-    "Ideal numbers of zeros as numbers of steps; the rest of rounding is passed on."
+    "Ideal numbers of zeros as numbers of steps; remainders are passed on."
     counts = {}
     left = wanted - sum(ideal.values())
     for name, layer in steps.items():
@@ -163,7 +163,7 @@ def _check_layers(shapes, preferred, fixed):
     "Raise `ValueError` for a fixed layer without a shape, or one without a preference."
     for name in fixed:
         if name not in shapes:
-            raise ValueError(f"fixed: {name!r} is no layer of this budget")
+            raise ValueError(f"fixed: {name!r} is not in shapes: remove it from fixed")
     for name in shapes:
         value = preferred.get(name)
         if name not in fixed and not (isinstance(value, Real) and math.isfinite(value)):
@@ -270,7 +270,7 @@ def zeros_by_part(
     Raises `ValueError` if the allocation is empty.
     """
     if not allocation:
-        raise ValueError("allocation names no layer")
+        raise ValueError("allocation is empty: name at least one layer")
     mmap = modality_map(model)
     table: dict[str, dict[str, float]] = {}
     weights_of_all = zeros_of_all = 0

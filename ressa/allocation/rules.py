@@ -46,7 +46,7 @@ def uniform(
     m: int | None = None,  # give N:M patterns with this M; None: sparsities
     fixed: Mapping | None = None,  # part, layer or regex → target already set
 ) -> dict:  # layer name → target
-    """The same sparsity for each layer, but for rounding.
+    """The same sparsity for each layer, except for rounding.
 
     Raises `ValueError` if the budget cannot be met.
     """
@@ -106,7 +106,7 @@ def outlier_share(
         raise ValueError(f"factor must be a finite number, 0 or more, not {factor}")
     if not weights or len(weights) != len(stats):
         raise ValueError(
-            f"want one weight or more and the stats of each, not {len(weights)} "
+            f"give at least one weight, and the stats of each, not {len(weights)} "
             f"weights and {len(stats)} stats"
         )
     device = stats[0].norm.device  # a group of layers may lie on several cards
@@ -133,7 +133,7 @@ def free_layers(
 
 
 def require_judged(
-    why_not: Mapping,  # layer name → why nothing is known about it; empty: all is well
+    why_not: Mapping,  # layer name → why nothing is known about it; may be empty
     purpose: str,  # the subject of the message: "owl"
 ) -> None:
     "Raise `ValueError` for layers that a rule cannot judge on its calibration batch."
@@ -141,7 +141,7 @@ def require_judged(
         name, reason = next(iter(why_not.items()))
         raise ValueError(
             f"{purpose} cannot judge {len(why_not)} layers, such as {name} ({reason}): "
-            "give rows that reach them, or set their targets, such as "
+            "give examples that reach them, or set their targets, such as "
             "fixed={'vision': 0.0}"
         )
 
@@ -150,7 +150,7 @@ def unjudged(
     stats: Mapping,  # layer name → statistics, of the layers that were reached
     names,  # of the layers that are asked for
 ) -> dict:  # layer name → why nothing is known about it
-    "Layers that no statistics tell anything about."
+    "The layers without statistics."
     why_not = {}
     for name in names:
         if name in stats:
@@ -164,7 +164,7 @@ def unjudged(
 # %% ../../nbs/reference/rules.ipynb #c563dbc0
 def owl(
     model: nn.Module,  # any vision-language model
-    batch: dict,  # calibration rows
+    batch: dict,  # calibration examples
     sparsity: float,  # of vision and language together, in [0, 1)
     *,
     factor: float = 5.0,  # M of the paper
@@ -190,7 +190,7 @@ def owl(
     shares = {}
     for group, names in groups.items():
         names = [name for name in names if name not in unjudged(stats, names)]
-        if names:  # else its targets are set
+        if names:  # without names, the targets of the group are set
             weights = [StoredWeight(layers[name]).read() for name in names]
             of_inputs = [stats[name] for name in names]
             shares[group] = outlier_share(weights, of_inputs, factor)
@@ -210,18 +210,21 @@ def owl(
 @torch.no_grad()
 def calibration_loss(
     model: nn.Module,  # called as model(**batch)
-    batch: dict,  # rows with labels
+    batch: dict,  # examples with labels
 ) -> float:
     """The loss of a batch, as the model itself defines it.
 
     Raises `ValueError` if the batch has no labels, or none that is not ignored.
     """
     if "labels" not in batch:
-        raise ValueError("the calibration batch needs labels to have a loss")
+        raise ValueError(
+            "the calibration batch needs labels to have a loss: make it with "
+            "calibration_batch, from examples with answers"
+        )
     if (batch["labels"] == IGNORED).all():
         raise ValueError(
             f"the labels of the calibration batch are all {IGNORED}, so that it has no "
-            "loss: give rows with answers"
+            "loss: give examples with answers"
         )
     return model(**batch).loss.item()
 
@@ -263,7 +266,7 @@ def proportional_sparsity(
     sparsity: float,  # of all groups together
     max_sparsity: float,  # each group keeps at least 1 − max_sparsity of its weights
 ) -> dict:  # group → sparsity
-    """Keep the least of each group, and the rest in proportion to worth (ECoFLaP).
+    """Keep a least share of each group, and the rest in proportion to worth (ECoFLaP).
 
     Raises `ValueError` unless 0 ≤ sparsity ≤ max_sparsity ≤ 1.
     """
@@ -286,7 +289,7 @@ def proportional_sparsity(
         return sum(shares[group] * size for group, size in sizes.items())
 
     wanted = (1 - sparsity) * sum(sizes.values())
-    # at the largest scale even a group of worth 0 keeps all its weights
+    # at the largest scale, even a group of worth 0 keeps all its weights
     log_largest_scale = math.log(max(sizes.values()) / LEAST_WORTH)
     log_scale = solve_increasing(
         kept_weights, wanted, LOG_LEAST_SCALE, log_largest_scale
@@ -309,7 +312,7 @@ def _with_labels_of(batch, start, end):
 
 
 def _ways_to_cut(model, batch, spans):
-    "The rows of each span as a batch: by the pictures' tokens, and by the first axis."
+    "The examples of each span as a batch: by picture tokens, and by the first axis."
     token = picture_token_of(model)
     by_tokens = [examples_between(batch, start, end, token) for start, end in spans]
     if all(piece is not None for piece in by_tokens):
@@ -324,27 +327,30 @@ def _ways_to_cut(model, batch, spans):
     yield by_axis
 
 # %% ../../nbs/reference/rules.ipynb #7cece830
-# How far the losses of pieces may be from that of the batch: rounding, no more
+# How far the losses of pieces may be from that of the batch, because of rounding
 _LOSS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _LOSS_TOLERANCE_16_BIT = 1e-2
 
 
 def loss_pieces(
     model: nn.Module,  # any vision-language model
-    batch: dict,  # rows with labels, on the model's device
-    pieces: int,  # how many, as far as there are rows
+    batch: dict,  # examples with labels, on the model's device
+    pieces: int,  # how many; at most one for each example
 ) -> list[dict]:  # batches
-    """Batches whose losses are those of a few rows each; rows without labels drop out.
+    """Cut a batch into smaller ones; examples without labels are left out.
 
-    The rows are cut out, with their pictures. If their losses do not add up to that of
-    the whole batch, or the model does not take them, the pieces are the whole batch
-    with the labels of a few rows: the same losses, at the cost of a whole batch each.
-    Raises `ValueError` if no row has labels, or the loss is NaN or infinite.
+    Each has a few examples with their pictures. If the losses do not add up to that of
+    the whole batch, or the model does not take such batches, each piece is the whole
+    batch with the labels of a few examples: the same loss, at the cost of all examples.
+    Raises `ValueError` if no example has labels, or the loss is NaN or infinite.
     """
     whole = calibration_loss(model, batch)
     counts = _answer_tokens(model, batch["labels"]).tolist()
     if not math.isfinite(whole):
-        raise ValueError(f"the loss of the calibration batch is {whole}")
+        raise ValueError(
+            f"the loss of the calibration batch is {whole}: check the model's weights "
+            "and the pictures for NaN and infinity"
+        )
     n = len(counts)
     size = math.ceil(n / pieces)
     spans = [(start, min(start + size, n)) for start in range(0, n, size)]
@@ -355,7 +361,7 @@ def loss_pieces(
     for cut in _ways_to_cut(model, batch, spans):
         try:
             losses = [calibration_loss(model, piece) for piece in cut]
-        except Exception:  # the model does not take these rows without the others
+        except Exception:  # the model does not take these examples without the others
             continue
         mean = sum(w * loss for w, loss in zip(weights, losses)) / sum(weights)
         if math.isclose(mean, whole, rel_tol=tolerance):
@@ -387,7 +393,7 @@ def _slopes(model, batch, groups, pieces, step, seed, fixed, probe):
 # %% ../../nbs/reference/rules.ipynb #418470b5
 def ecoflap(
     model: nn.Module,  # any vision-language model; its weights come back to the bit
-    batch: dict,  # calibration rows with labels
+    batch: dict,  # calibration examples with labels
     sparsity: float,  # of vision and language together, in [0, 1)
     *,
     max_sparsity: float | None = None,  # limit of each layer; None: sparsity + 0.1

@@ -43,10 +43,13 @@ def _base_of(folder):
 
 
 def _with_adapter(model, folder):
-    "A model with the adapter of a folder, all weights of it. Raises `ValueError`."
+    "A model with all weights of the adapter in a folder. Raises `ValueError`."
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise ValueError(f"{folder}: holds no {file.name}, and no other file is read")
+        raise ValueError(
+            f"{folder}: holds no {file.name}: save the adapter there with "
+            "save_pretrained"
+        )
     try:
         with safe_open(file, framework="pt") as content:
             stored = set(content.keys())
@@ -68,7 +71,7 @@ def _with_adapter(model, folder):
 
 
 def _pruned_masks(model):
-    "The masks of the layers with more zeros than chance gives: name → True = kept."
+    "The masks of layers with too many zeros to be chance: name → True = kept."
     masks = zero_masks(model).items()
     return {name: kept for name, kept in masks if (~kept).float().mean() > _PRUNED}
 

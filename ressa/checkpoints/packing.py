@@ -84,9 +84,12 @@ def bits_of(
     Raises `ValueError` for sparse layouts, the meta device and other dtypes.
     """
     if tensor.is_meta:
-        raise ValueError("a tensor on the meta device cannot be stored")
+        raise ValueError("a tensor on the meta device has no values: load them first")
     if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
-        raise ValueError(f"a tensor {tensor.dtype}, {tensor.layout} cannot be stored")
+        raise ValueError(
+            "a tensor must be dense and have a dtype of TENSOR_DTYPES, not "
+            f"{tensor.dtype}, {tensor.layout}"
+        )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(_WHOLE_NUMBERS[tensor.element_size()]).numpy()
 
@@ -101,7 +104,7 @@ def _chunks(n):
 
 
 def _bytes_of_chunk(chunk):
-    "Where the mask of these weights lies."
+    "The bytes of a mask that belong to these weights."
     return slice(chunk.start // 8, _ceil_div(chunk.stop, 8))
 
 
@@ -120,7 +123,7 @@ def _count(mask):
 
 # %% ../../nbs/reference/packing.ipynb #6cc3fb1a
 def _kept_places(mask, n):
-    "Chunk by chunk, at which places of the chunk the mask keeps a weight."
+    "For each chunk, the positions in the chunk at which the mask keeps a weight."
     for chunk in _chunks(n):
         part = mask[_bytes_of_chunk(chunk)]
         length = chunk.stop - chunk.start
@@ -174,7 +177,7 @@ def _codes_of_mask(mask, n):
 
 
 def _mask_of_codes(codes):
-    "The mask that the patterns stand for."
+    "The mask that belongs to the patterns."
     padding = np.zeros(len(codes) % 2, np.uint8)
     halves = np.append(_PATTERNS[codes], padding)
     return halves[::2] | halves[1::2] << 4
@@ -232,7 +235,7 @@ def pack_tensor(
     possible = [way for way in sizes if way in ways]
     if not possible:
         raise ValueError(f"the tensor cannot be stored in one of the ways {ways}")
-    how = min(possible, key=sizes.__getitem__)  # the first of equal ones
+    how = min(possible, key=sizes.__getitem__)  # of equal sizes, the first way
 
     if how == "dense":
         return Packed(how, NO_INDEX, bits)
@@ -268,7 +271,7 @@ def kept_count(
     index: np.ndarray,  # of a `Packed`
     shape: tuple,  # of the tensor
 ) -> int:
-    """How many values belong to an index.
+    """The number of values that belong to an index.
 
     Raises `ValueError` if the index does not fit the shape.
     """

@@ -64,7 +64,7 @@ class _Way(NamedTuple):
 
 
 def _parts_of(tensor, way):
-    "What is written of a tensor: `Packed` or `Quantized`."
+    "A tensor as it is written: `Packed` or `Quantized`."
     if way.bits is not None and tensor.dim() == 2 and tensor.is_floating_point():
         quantized = quantize(tensor, way.bits)
         if quantized is not None:
@@ -75,7 +75,7 @@ def _parts_of(tensor, way):
 
 
 def _arrays(name, tensor, way):
-    "What the file holds of one tensor: key → (dtype, shape, array of bits)."
+    "The entries of one tensor in the file: key → (dtype, shape, array of bits)."
     if "#" in name:
         raise ValueError(
             f"{name}: a tensor with # in its name cannot be stored. Rename it."
@@ -271,7 +271,7 @@ class StoredTensor:
         return self.read()[index]
 
     def is_floating_point(self) -> bool:
-        "As a tensor has it: transformers asks before it converts a dtype."
+        "Like a tensor's method: transformers calls it before it converts a dtype."
         return self.dtype.is_floating_point
 
 # %% ../../nbs/reference/sparse_checkpoints.ipynb #268a6bda
@@ -342,7 +342,7 @@ class _PackedTensor(StoredTensor):
         return parts
 
 # %% ../../nbs/reference/sparse_checkpoints.ipynb #e8344ace
-_LONGEST_AXIS = 2**48  # no tensor is so long; larger numbers come from a forged table
+_LONGEST_AXIS = 2**48  # no tensor is longer; a larger number comes from a forged table
 
 
 def _is_row(row):
@@ -465,7 +465,7 @@ def _tensors_to_save(model):
     left_out = set(model._keys_to_ignore_on_save or ())
     for name, source in model.all_tied_weights_keys.items():
         if name in state and source in state:
-            # the configuration may call weights tied that a program has parted
+            # the configuration may call weights tied that a program has separated
             if state[name].data_ptr() == state[source].data_ptr():
                 left_out.add(name)
     return {name: tensor for name, tensor in state.items() if name not in left_out}
@@ -627,7 +627,7 @@ _WEIGHT_FILES = (  # weights in any format, and hidden files
 
 
 def _copy_other_files(source, folder):
-    "Copy what is not weights; links, as hub caches have them, become files."
+    "Copy all files except weights; links, as in caches of the hub, become files."
     shutil.copytree(
         source,
         folder,
@@ -638,7 +638,7 @@ def _copy_other_files(source, folder):
 
 
 def _check_folders(source, folder):
-    "Raise `ValueError` for folders between which nothing can be copied."
+    "Raise `ValueError` unless the contents of one folder can be copied to the other."
     if not source.is_dir():
         raise ValueError(f"{source}: is not a folder")
     if folder.resolve().is_relative_to(source.resolve()):

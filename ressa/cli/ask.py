@@ -41,7 +41,10 @@ def _as_data(processor, pictures, question):
         raise ValueError("question: it is empty: write it in quotation marks")
     if isinstance(processor, PreTrainedTokenizerBase):
         if pictures:
-            raise ValueError("picture: this is a language model: it reads no pictures")
+            raise ValueError(
+                "picture: this is a language model, which reads no pictures: give the "
+                "question alone"
+            )
         return Dataset.from_dict({"prompt": [write_prompt(question, processor)]})
     if not pictures:
         raise ValueError("picture: name a file with a picture before the question")

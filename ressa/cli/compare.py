@@ -84,7 +84,7 @@ def conclusion(
     first,  # an `Evaluation`
     second,  # an `Evaluation` of another model, on the same examples
 ) -> str:
-    "What the difference of all examples says, as a sentence."
+    "A sentence that says which model is better, if the interval shows it."
     from ressa.evaluation.score_intervals import difference_interval
 
     low, high = difference_interval(first.values, second.values)
@@ -135,7 +135,7 @@ def add_options(
 
 # %% ../../nbs/reference/command_compare.ipynb #87886f04
 def _evaluations(name, read):
-    "What a model gets on each of the test sets."
+    "The evaluation of a model on each of the test sets."
     from ressa.cli.main_job import dtype_of, test_batch_of
     from ressa.cli.results import LONGEST_ANSWER
     from ressa.cli.run_data import load_tests

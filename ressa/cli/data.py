@@ -87,7 +87,7 @@ EXAMPLES = """examples:
       the same without a recipe
 """
 SHOWN = 3  # examples
-MEASURED = 1000  # examples whose lengths are measured; of more, so many are drawn
+MEASURED = 1000  # most examples to measure; of a larger data set, this many are drawn
 
 
 def add_options(
@@ -101,7 +101,7 @@ class _Lengths(NamedTuple):
     "The lengths of some examples, in tokens."
 
     whole: list[int]  # prompt and answer
-    learned: list[int]  # of these, the model writes so many
+    learned: list[int]  # how many of these tokens the model has to write
 
 
 def _tokens_of(segments):
@@ -157,7 +157,7 @@ class _Reader:
 
 
 def _drawn(data, number, seed):
-    "Numbers of examples, drawn at random, in their order."
+    "Numbers of randomly drawn examples, in ascending order."
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -220,7 +220,7 @@ _LONG_ANSWER = 5  # words; a longer answer is seldom given word for word
 
 
 def _about_metric(read, tests):
-    "How answers are judged, and a warning where that will not work."
+    "How answers are judged, and a warning if this metric does not suit them."
     from ressa.evaluation.metrics import metric_of
 
     metric = "exact match" if read.data == "easy-vqa" else metric_of(tests)
@@ -229,8 +229,8 @@ def _about_metric(read, tests):
     middle = words[len(words) // 2]
     if metric == "exact match" and middle > _LONG_ANSWER:
         text += (
-            f"\n  (an answer has {middle} words in the middle, and few are given word "
-            "for word: look at the held-out loss too)"
+            f"\n  (half of the answers have {middle} words or more, and such answers "
+            "are seldom exactly right: look at the held-out loss too)"
         )
     return text
 

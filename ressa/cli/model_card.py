@@ -176,7 +176,7 @@ conversion with `torch.sparse.to_sparse_semi_structured`. No speed was measured 
 
 
 def _what_it_saves(results):
-    "What the zeros are good for, and what they are not."
+    "The section about what the zeros save, and what they do not."
     whole = sparsity_rows(results)[-1]
     text = f"""
 {whole[4]} of all {whole[3]} weights are zero. The file in this folder stores the

@@ -14,7 +14,7 @@ from .repair import KEYS
 # %% ../../nbs/reference/command_recipe.ipynb #0e51dd66
 EXAMPLES = """examples:
   ressa recipe > my-recipe.yaml
-      the recipe that ressa repair follows if it is told nothing
+      the recipe that ressa repair follows without any option
   ressa recipe smolvlm-256m --pattern 2:4
       a recipe that comes with ressa, with another target
 """

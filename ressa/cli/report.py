@@ -254,7 +254,7 @@ def places_for(
     counts: dict[str, int],  # fate → how often it occurred
     places: int,  # examples to show
 ) -> dict[str, int]:  # fate → examples that show it
-    "Share places among fates in proportion to their counts (largest remainders)."
+    "Divide the places among the fates by their counts (largest remainders)."
     total = sum(counts.values())
     places = min(places, total)
     exact = {fate: places * count / total for fate, count in counts.items()}
@@ -274,7 +274,7 @@ def _pictures(row):
 
 
 def _draw_indices(fates, data, seed):
-    "Indices of examples in the shares of their fates, each with other pictures."
+    "Indices of examples: each fate has its share, and no picture comes twice."
     wanted = places_for(Counter(fates), EXAMPLES)
     order = list(range(len(fates)))
     random.Random(seed).shuffle(order)
@@ -331,7 +331,7 @@ _STEPS = {"prune": "pruning", "blind": "counting blind answers"}
 
 
 def _facts(results):
-    "What the heading of the page says of a run: name → text."
+    "The facts about a run in the heading of the page: name → text."
     settings = results["settings"]
     dense = results["dense"]
     tested = f"{dense['n']:,} examples"

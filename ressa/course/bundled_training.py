@@ -88,7 +88,7 @@ def signed_distances(
     x: torch.Tensor,  # (n, size, size) distance to the right of the centre, in pixels
     y: torch.Tensor,  # (n, size, size) distance below the centre
     half_width: torch.Tensor,  # (n, 1, 1) half the width of the shape
-    half_height: torch.Tensor,  # (n, 1, 1) half its height; a circle has none
+    half_height: torch.Tensor,  # (n, 1, 1) half its height; a circle does not use it
 ) -> torch.Tensor:  # (n, 3, size, size), in the order of `SHAPES`
     """Distance of each pixel to the edge of a circle, a rectangle and a triangle.
 
@@ -143,7 +143,7 @@ RGB = torch.tensor([RGB_BYTES[color] for color in COLORS]) / 255
 
 def draw_shapes(
     n: int,  # how many images
-    generator: torch.Generator,  # of all random numbers
+    generator: torch.Generator,  # draws all random numbers
     size: int = 64,  # pixels along one side
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw images like those of easy-VQA, each with one shape.
@@ -167,7 +167,7 @@ def draw_shapes(
 
 # %% ../../nbs/studies/bundled_training.ipynb #acab899c
 def _one_cycle(parameters, peaks, steps):
-    """AdamW with a learning rate that rises for 10 % of the steps, then falls to zero.
+    """AdamW, and a learning rate that rises for 10 % of the steps, then falls to zero.
 
     `peaks` holds the highest learning rate of each group of parameters.
     """
@@ -227,9 +227,9 @@ def pretrain_vision(
 # %% ../../nbs/studies/bundled_training.ipynb #6d389faf
 def mirror(
     batch: dict[str, Any],  # with `pixel_values` (images, channels, height, width)
-    share: float = 0.5,  # how many images are flipped, on average
+    share: float = 0.5,  # of the images, which are flipped on average; in [0, 1]
 ) -> dict[str, Any]:
-    "Flip a random share of the images of a batch. Raises `ValueError` for a bad share."
+    "Flip a random share of the images. Raises `ValueError` if share is not in [0, 1]."
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], not {share}")
     pixels = batch["pixel_values"]
@@ -302,14 +302,14 @@ def _pretrained_vision(vision, folder, steps, seed):
 # %% ../../nbs/studies/bundled_training.ipynb #ef76ee54
 def train_bundled(
     folder: str | Path,  # where model and processor are written
-    work: str | Path,  # where checkpoints are kept while it runs
+    work: str | Path,  # where checkpoints are kept during the training
     *,
     vision_steps: int = 2500,  # batches of 128 drawn images
     steps: int = 5000,  # batches of 96 questions and captions
-    device: str = "auto",  # where it is trained
+    device: str = "auto",  # "cpu" or "cuda"; "auto" takes a GPU if there is one
     seed: int = 0,  # of the first weights, the images and the order of the examples
 ) -> dict[str, Any]:  # the log
-    "Train the bundled model from random weights, or go on from what `work` holds."
+    "Train the bundled model from random weights, or resume a training from `work`."
     model, processor = new_bundled(seed)
     model.to(pick_device(device))
     log = {

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'WINDOWS', 'WINDOW', 'TEXTS', 'BATCH', 'PIECE', 'ANSWER', 'CALIBRATION', 'PAIRS', 'STEPS', 'EXAMPLES',
-           'PAPER_WEIGHT', 'RANK', 'LONG_STEPS', 'LONG_RANK', 'LONG_PIECE', 'PIECES', 'ROWS', 'METHODS_COMPARED',
-           'TARGETS', 'REPAIRED', 'EQUAL_SUMS', 'dense_model', 'pairs', 'study_windows', 'measured', 'text_pieces',
-           'Cost', 'pruned', 'Row', 'real_settings', 'real_run', 'run_real_study']
+           'PAPER_WEIGHT', 'RANK', 'LONG_STEPS', 'LONG_RANK', 'LONG_PIECE', 'PIECES', 'ROWS', 'BEGINNINGS',
+           'ADDED_TOKENS', 'KINDS_WRITTEN', 'METHODS_COMPARED', 'TARGETS', 'REPAIRED', 'EQUAL_SUMS', 'WRITERS',
+           'dense_model', 'pairs', 'study_windows', 'measured', 'text_pieces', 'Cost', 'pruned', 'Row',
+           'examples_written', 'written', 'real_settings', 'real_run', 'run_real_study', 'run_real_writing']
 
 # %% ../../nbs/studies/real_model.ipynb #a070255c
 import copy
@@ -30,7 +31,7 @@ from .real_training import read_docstrings
 from .studies import pack_right, run_study
 from ..data.collate import collate
 from ..data.easy_vqa import QUESTION_PROMPT, load_easy_vqa
-from ..evaluation.answers import exact_match
+from ..evaluation.answers import answer, exact_match
 from ..evaluation.perplexity import text_windows, topics_text, window_losses
 from ..models.real import chat_prompt, load_real
 from ..pruning.engine import prune
@@ -260,8 +261,8 @@ def _training_examples(text, seed):
     return concatenate_datasets([data] * (PIECES // PAIRS) + [pieces])
 
 
-def _repair_run(row, sparsity, rate, seed, steps=None):
-    "Prune, repair one way, and measure."
+def _repaired(row, sparsity, rate, seed, steps=None):
+    "The repaired model, and what pruning and repairing it gave."
     dense, processor = dense_model()
     way = ROWS[row]
     if steps is None:
@@ -285,12 +286,75 @@ def _repair_run(row, sparsity, rate, seed, steps=None):
             disable_tqdm=True,
             **way.options,
         )
-    return {
+    return report.model, {
         "zeros_filled": zeros_filled(masks, report.model),
         "seconds": cost.seconds,
         "memory_mib": cost.mib,
         "losses": list(report.losses.values()),
-    } | measured(report.model)
+    }
+
+
+def _repair_run(row, sparsity, rate, seed, steps=None):
+    "Prune, repair one way, and measure."
+    model, found = _repaired(row, sparsity, rate, seed, steps)
+    return found | measured(model)
+
+# %% ../../nbs/studies/real_model.ipynb #92af8a05
+BEGINNINGS = (
+    "A dictionary in Python is",
+    "The capital of France is",
+    "Once upon a time, there was",
+)
+ADDED_TOKENS = 24  # that a model adds to each of them
+KINDS_WRITTEN = ("color", "shape", "yes/no color")  # a question of each is answered
+
+
+def examples_written() -> Dataset:  # image, prompt, answer, question_type
+    "The first of the study's test questions of each kind in `KINDS_WRITTEN`."
+    questions = pairs("test", QUESTIONS)
+    kinds = questions["question_type"][:]
+    return questions.select([kinds.index(kind) for kind in KINDS_WRITTEN])
+
+
+@torch.no_grad()
+def _continued(model, beginning):
+    "The text that the model adds to a beginning, greedily."
+    _, processor = dense_model()
+    tokens = processor.tokenizer(beginning, return_tensors="pt")
+    ids = model.generate(**tokens, max_new_tokens=ADDED_TOKENS, do_sample=False)
+    added = ids[0, tokens["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(added, skip_special_tokens=True)
+
+
+def written(
+    model: nn.Module,  # the real model, or a pruned or repaired one
+) -> dict:  # beginning → what the model adds to it; kind, right answer, model's answer
+    "Let a model continue the `BEGINNINGS` and answer `examples_written`."
+    _, processor = dense_model()
+    examples = examples_written()
+    answers = answer(model, examples, processor, progress=False)
+    return {
+        "texts": {beginning: _continued(model, beginning) for beginning in BEGINNINGS},
+        "answers": [
+            {
+                "kind": example["question_type"],
+                "right": example["answer"],
+                "model": text,
+            }
+            for example, text in zip(examples, answers)
+        ],
+    }
+
+
+def _write_run(method, row=None, sparsity=0.6, rate=1e-3, seed=0):
+    "Prune, repair one way or not at all, and let the model write."
+    if method == "dense":
+        return written(dense_model()[0])
+    if row is None:
+        model, _ = pruned(method, {"language": sparsity}, seed)
+        return written(model)
+    model, found = _repaired(row, sparsity, rate, seed)
+    return {"losses": found["losses"]} | written(model)
 
 # %% ../../nbs/studies/real_model.ipynb #2401bb83
 METHODS_COMPARED = ("wanda", "sparsegpt", "magnitude", "ria", "wanda+dsnot")
@@ -327,15 +391,41 @@ def real_settings() -> dict[str, list[dict]]:  # name of a part → settings of 
     return settings
 
 # %% ../../nbs/studies/real_model.ipynb #29737afc
+WRITERS = [  # method that prunes to 60 %, and the repair
+    {"method": "dense", "row": None},
+    {"method": "wanda", "row": None},
+    {"method": "wanda", "row": "labels alone"},
+    {"method": "wanda", "row": "RESSA and text"},
+    {"method": "sparsegpt", "row": None},
+    {"method": "magnitude", "row": None},
+]
+
+
 def real_run(
-    kind: str,  # "prune" or "repair"
-    **setting,  # of that kind, see `real_settings`
+    kind: str,  # "prune", "repair" or "write"
+    **setting,  # of that kind, see `real_settings` and `WRITERS`
 ) -> dict:  # plain values
     "Make one run. Raises `ValueError` for another kind."
-    runs: dict[str, Callable[..., dict]] = {"prune": _prune_run, "repair": _repair_run}
+    runs: dict[str, Callable[..., dict]] = {
+        "prune": _prune_run,
+        "repair": _repair_run,
+        "write": _write_run,
+    }
     if kind not in runs:
         raise ValueError(f"kind must be one of {list(runs)}, not {kind!r}")
     return runs[kind](**setting)
+
+
+def _environment():
+    "On what the runs are made: machine, versions."
+    return {
+        "device": "cpu, one thread",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ressa": ressa.__version__,
+    }
 
 
 def run_real_study(
@@ -355,10 +445,20 @@ def run_real_study(
         windows=WINDOWS,
         window=WINDOW,
         command="run_real_study('nbs/results/real_study.json')",
-        device="cpu, one thread",
-        machine=platform.machine(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        ressa=ressa.__version__,
+        **_environment(),
+    )
+
+
+def run_real_writing(
+    path: str | Path,  # the JSON file of results, which is made or continued
+) -> list[dict]:  # what each of the `WRITERS` writes
+    "Let the models write that the file does not hold yet, on one thread of the CPU."
+    torch.set_num_threads(1)
+    return run_study(
+        path,
+        real_run,
+        [{"kind": "write", **writer} for writer in WRITERS],
+        what="what the real model writes in bfloat16, dense, pruned and repaired",
+        command="run_real_writing('nbs/results/real_writing.json')",
+        **_environment(),
     )

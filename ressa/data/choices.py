@@ -24,15 +24,17 @@ def _options(cell):
         try:
             cell = ast.literal_eval(cell)
         except (ValueError, SyntaxError) as error:
-            raise ValueError(f"its choices {cell!r} are no list") from error
+            raise ValueError(f"its choices must be a list, not {cell!r}") from error
     options = [] if cell is None else cell
     if not isinstance(options, list | tuple):
-        raise ValueError(f"its choices {cell!r} are no list")
+        raise ValueError(f"its choices must be a list, not {cell!r}")
     for option in options:
         if not isinstance(option, str | int) or not str(option).strip():
-            raise ValueError(f"one of its choices is no text: {option!r}")
+            raise ValueError(f"its choices must be texts, not {option!r}")
     if len(options) == 1 or len(options) > len(LETTERS):
-        raise ValueError(f"it has {len(options)} choices: 2 to {len(LETTERS)} are read")
+        raise ValueError(
+            f"it must have 2 to {len(LETTERS)} choices, not {len(options)}"
+        )
     return [str(option).strip() for option in options]
 
 
@@ -50,14 +52,14 @@ def options_of(
 
 # %% ../../nbs/reference/choices.ipynb #380eef5c
 def _by_text(answer, options):
-    "The place of the option with the text of an answer, or None."
+    "The position of the option whose text is the answer, or None."
     text = str(answer).strip()
     is_one_of_them = isinstance(answer, str) and options.count(text) == 1
     return options.index(text) if is_one_of_them else None
 
 
 def _by_letter(answer, options):
-    "The place of the option with the letter of an answer, or None."
+    "The position of the option whose letter is the answer, or None."
     letter = str(answer).strip().strip("().").upper()
     if not isinstance(answer, str) or len(letter) != 1:
         return None
@@ -66,7 +68,7 @@ def _by_letter(answer, options):
 
 
 def _by_number(answer, options):
-    "The place of the option with the number of an answer, or None."
+    "The position of the option whose number is the answer, or None."
     digits = str(answer).strip()
     if isinstance(answer, bool) or not digits.isdecimal():
         return None
@@ -77,7 +79,7 @@ _READINGS = {"text": _by_text, "letter": _by_letter, "number": _by_number}
 
 
 def _first_misfit(places, rows):
-    "The first of some rows in which a reading finds no option."
+    "The first row in which this way of reading finds no option."
     return next(row for row in rows if places[row] is None)
 
 # %% ../../nbs/reference/choices.ipynb #cf782058
@@ -125,6 +127,6 @@ def with_options(
     question: str,  # the question
     options: Sequence[str],  # at most as many as `LETTERS`
 ) -> str:
-    "A question with its options below, one in each line, behind a letter."
+    "A question with its options below it, one on each line after its letter."
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
     return "\n".join([question, *lines])

@@ -82,9 +82,9 @@ def find_columns(
     chosen = columns or {}
     for key, name in chosen.items():
         if key not in COLUMNS:
-            raise ValueError(f"columns: {key!r} is none of {list(COLUMNS)}")
+            raise ValueError(f"columns: {key!r} must be one of {list(COLUMNS)}")
         if name not in names:
-            raise ValueError(f"columns: no column {name!r} among {names}")
+            raise ValueError(f"columns: {name!r} must be one of the columns {names}")
     found = {}
     for key, known_names in COLUMNS.items():
         present = [name for name in known_names if name in names]
@@ -130,7 +130,10 @@ def as_texts(
                 inner = _inner(feature, key)
                 # `datasets` turns a list of dictionaries into a dictionary of lists
                 return as_texts(value[key], inner or _inner(_inner(feature), key))
-        raise ValueError(f"no text under {TEXT_KEYS} in {sorted(value)}")
+        raise ValueError(
+            f"a dictionary must have its text under one of {TEXT_KEYS}, and this one "
+            f"has the keys {sorted(value)}"
+        )
     if isinstance(value, list | tuple):
         texts = []
         for item in value:
@@ -177,7 +180,7 @@ def _cells(data, column):
 
 
 def _is_blank(texts):
-    "Whether a cell holds no letter."
+    "Whether a cell is empty, or holds nothing but white space."
     return not any(text.strip() for text in texts)
 
 
@@ -199,7 +202,10 @@ def _questions(data, column):
     questions = []
     for row, texts in enumerate(_cells(data, column)):
         if _is_blank(texts):
-            raise ValueError(f"row {row}: its question (column {column!r}) is empty")
+            raise ValueError(
+                f"row {row}: its question (column {column!r}) is empty: write one, or "
+                "remove the row"
+            )
         if len(texts) > 1:
             raise ValueError(
                 f"row {row}: column {column!r} holds {len(texts)} texts, and an "
@@ -214,7 +220,9 @@ def _kinds(data, column):
     kinds = []
     for row, texts in enumerate(_cells(data, column)):
         if len(texts) > 1:
-            raise ValueError(f"row {row}: column {column!r} holds {len(texts)} texts")
+            raise ValueError(
+                f"row {row}: column {column!r} must hold one text, not {len(texts)}"
+            )
         kinds.append("question" if _is_blank(texts) else texts[0])
     return kinds
 
@@ -224,7 +232,7 @@ def _image_ids(data, column):
     ids = []
     for row, value in enumerate(data[column][:]):
         if isinstance(value, list | dict):
-            raise ValueError(f"row {row}: column {column!r} holds more than one id")
+            raise ValueError(f"row {row}: column {column!r} must hold a single id")
         ids.append(f"row {row}" if _is_missing(value) or value == "" else str(value))
     return ids
 
@@ -257,7 +265,7 @@ def _image_files(cells, folder, optional):
     for row, cell in enumerate(cells):
         names = _as_list(cell)
         if not all(names) or not (names or optional):
-            raise ValueError(f"row {row}: it names no image file")
+            raise ValueError(f"row {row}: it names no image file: add one")
         for name in names:
             if (Path(folder) / name).is_file():
                 known.append(name)
@@ -345,7 +353,7 @@ def images_of(
     Raises `ValueError`, with the row, for an image that is missing or broken.
     """
     images = data.select_columns([column]).flatten_indices()
-    # in a table of its own, since one cut out of joined tables loses its number of rows
+    # in a separate table, because a column of joined tables loses its number of rows
     table = InMemoryTable(images.with_format("arrow")[:])
     images = Dataset(table, info=DatasetInfo(features=images.features))
     if column != "image":
@@ -444,7 +452,9 @@ def _open_answer(cell, row):
     "The answer to a question without options. Raises `ValueError` that names the row."
     texts = [text for text in as_texts(cell) if text.strip()]
     if len(texts) != 1:
-        raise ValueError(f"row {row}: it has no options and {len(texts)} answers")
+        raise ValueError(
+            f"row {row}: without options it must have one answer, not {len(texts)}"
+        )
     return texts[0]
 
 # %% ../../nbs/reference/columns.ipynb #baef4a95

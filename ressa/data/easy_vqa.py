@@ -89,7 +89,7 @@ def _question_rows(pairs):
 
 
 def _caption_rows(pairs):
-    "One row if the questions about an image give its caption away, else none."
+    "One example if the questions about an image determine its caption, else none."
     colors, shapes = deduce(pairs)
     if len(colors) == 1 and len(shapes) == 1:
         yield "", CAPTION.format(*colors, *shapes), "caption"
@@ -97,7 +97,7 @@ def _caption_rows(pairs):
 
 @functools.cache  # one run loads the same split several times
 def _columns(split, task):
-    "All columns of a split; a question in place of each prompt. Never changed."
+    "All columns of a split, with questions instead of prompts; do not change it."
     if split == "train":
         path_of = easy_vqa.get_train_image_paths()
     else:

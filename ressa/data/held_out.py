@@ -23,7 +23,7 @@ def _as_list(cell):
 
 
 def _picture_keys(data):
-    "Texts for each example; equal for equal pictures. Without one, that of the prompt."
+    "Keys of each example's pictures, equal for equal ones; else a key of its prompt."
     several = not isinstance(data.features["image"], Image)
     decoded = data.select_columns(["image"])
     encoded_type: Any = Image(decode=False)
@@ -68,7 +68,7 @@ def _group_keys(keys):
     found = []
     for own in keys:
         first = _first_of_group(own[0], smaller)
-        if sizes[first] > 1:  # the smallest of several keys is no random number
+        if sizes[first] > 1:  # the smallest of several keys is not uniformly random
             first = hashlib.sha256(first.encode()).hexdigest()
         found.append(first)
     return found
@@ -92,9 +92,9 @@ def hold_out(
 ) -> tuple[Dataset, Dataset]:  # training and test examples
     """Split examples by picture: about one picture in five is for the test.
 
-    Which pictures these are depends on their pixels alone, so a larger part of the same
-    data set gives the same answer. Examples that share a picture stay together.
-    Raises `ValueError` if no picture can be held out so.
+    The choice depends on the pixels of a picture alone, so it is the same in a larger
+    part of the data set. Examples that share a picture stay together. Raises
+    `ValueError` if no picture can be held out.
     """
     keys = _group_keys(_picture_keys(data))
     chosen = _chosen_pictures(keys)
@@ -122,9 +122,7 @@ def count_seen(
     train: Dataset,  # examples to learn from
     test: Dataset,  # examples to test on
 ) -> int:
-    """How many test examples have a picture and a prompt that are a training example
-    too.
-    """
+    "The number of test examples whose picture and prompt are a training example too."
     known = set(zip(map(tuple, _picture_keys(train)), train["prompt"][:]))
     asked = zip(map(tuple, _picture_keys(test)), test["prompt"][:])
     return sum(example in known for example in asked)

@@ -96,7 +96,7 @@ def advice(
     first_line = lines[0].rstrip(". ")
     what_to_do = _what_to_do(error)
     if isinstance(error, OF_DAMAGED_FILES):
-        # the message of such an error is a word alone, such as 'weight_map'
+        # the message of such an error is a single word, such as 'weight_map'
         if message:
             first_line = f"{type(error).__name__}: {first_line}"
         what_to_do = what_to_do or "copy or save its files again: one is damaged"

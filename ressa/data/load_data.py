@@ -63,7 +63,7 @@ def _first(stream, limit):
     "The first examples of a stream as a data set."
     stream = stream.take(limit)
     for name, feature in (stream.features or {}).items():
-        # keep the bytes of the files; decoding would pack them again
+        # keep the bytes of the picture files; decoding would encode them again
         if isinstance(feature, Image):
             stream = stream.cast_column(name, Image(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, Image):
@@ -80,7 +80,9 @@ def _part_of(data, split):
         return data
     [part] = ReadInstruction.from_spec(split).to_absolute({whole: len(data)})
     if part.from_ >= part.to or part.from_ >= len(data):
-        raise ValueError(f"split {split!r}: none of the {len(data)} rows is in it")
+        raise ValueError(
+            f"split {split!r} is empty: choose rows between 0 and {len(data)}"
+        )
     return data.select(range(part.from_, part.to))
 
 
@@ -135,7 +137,7 @@ def _metadata_file(folder, split):
 
 
 def _json_file(folder):
-    "The JSON file of a folder that holds nothing else but it and pictures, or None."
+    "The JSON file of a folder that otherwise holds only pictures, or None."
     files = [file for file in folder.iterdir() if file.suffix in FORMATS]
     if len(files) != 1 or files[0].suffix not in (".json", ".jsonl"):
         return None
@@ -183,7 +185,7 @@ def _read_named(name, config, split, limit):
 
 
 def _require_hub_id(name):
-    "Raise `ValueError` for a name that is nothing on this machine and no hub id."
+    "Raise `ValueError` for a name that is no file, no folder and no hub id."
     if not is_hub_id(name):
         raise ValueError("there is no such file or folder: check the path")
 

@@ -28,16 +28,18 @@ def _has_transparency(image):
 
 
 def _grey_from_wide(image):
-    "A picture with 8 bits of one with 16 bits, 32 bits or floats. Raises `ValueError`."
+    "Convert a picture of 16 bits, 32 bits or floats to 8 bits. Raises `ValueError`."
     values = np.asarray(image).astype(np.float64)
     least, most = float(values.min()), float(values.max())
     if not np.isfinite([least, most]).all():
-        raise ValueError("the picture has values that are NaN or infinite")
+        raise ValueError(
+            "the picture has values that are NaN or infinite: replace them by numbers"
+        )
     if image.mode == "F":
         if least < 0 or most > 1:
             raise ValueError(
-                f"the picture has float values from {least:g} to {most:g}, which do "
-                "not say what is white: scale them to [0, 1]"
+                f"the picture has float values from {least:g} to {most:g}, so it is "
+                "unknown which value is white: scale them to [0, 1]"
             )
         values = values * 255
     else:
@@ -61,7 +63,7 @@ def _on_white(image):
 
 
 def _from_lab(image):
-    "An RGB picture of one in LAB, which PIL's `convert` does not know."
+    "Convert a picture in LAB to RGB; PIL's `convert` cannot do this."
     lab = ImageCms.createProfile("LAB")
     srgb = ImageCms.createProfile("sRGB")
     return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")

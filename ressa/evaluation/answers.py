@@ -29,7 +29,7 @@ from ..models.inputs import evaluation_mode, is_causal, require_matching_batch
 from ..progress import progress_bar
 
 # %% ../../nbs/reference/answers.ipynb #8638f1da
-# What a stored generation configuration is asked for: it belongs to the vocabulary.
+# What is kept of a stored generation configuration, as it belongs to the vocabulary.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -131,7 +131,7 @@ def without_prompt(
 
 
 def _until_end(ids, ends, first):
-    "Token ids before the first end token at or behind the place `first`."
+    "Token ids before the first end token that stands at position `first` or later."
     for place, token in enumerate(ids):
         if place >= first and token in ends:
             return ids[:place]
@@ -150,7 +150,7 @@ def _answered_together(examples, processor):
 
 
 def _batches(data, order, batch_size, processor, causal):
-    "Indices and encoded batch of the examples that are answered together, in an order."
+    "Indices and encoded batch of each group of examples that are answered together."
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         examples = [data[i] for i in indices]
@@ -168,7 +168,7 @@ _END = object()
 
 
 def _one_ahead(items):
-    "The items of an iterator; a thread makes the next one while one is used."
+    "The items of an iterator; a thread makes the next item while one is in use."
     with ThreadPoolExecutor(max_workers=1) as thread:
         coming = thread.submit(next, items, _END)
         while True:
@@ -233,7 +233,7 @@ def answer(
     processor or an example does not fit the model.
     """
     if not len(data):
-        raise ValueError("the data set is empty: nothing to answer")
+        raise ValueError("the data set is empty: give at least one example to answer")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     _require_generating(model)
@@ -263,7 +263,9 @@ def _require_same_lengths(result):
         for name in ("answers", "references", "values", "types")
     }
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"each example needs one of each, not {lengths}")
+        raise ValueError(
+            f"answers, references, values and types must be equally long, not {lengths}"
+        )
 
 
 def _line(name, result):
@@ -314,7 +316,7 @@ class Evaluation:
         return {kind: self._of(indices[kind]) for kind in sorted(indices)}
 
     def _of(self, indices):
-        "The evaluation of some examples."
+        "The evaluation of the chosen examples alone."
         return Evaluation(
             answers=[self.answers[i] for i in indices],
             references=[self.references[i] for i in indices],
@@ -344,9 +346,11 @@ def score(
     Raises `ValueError` for no examples, an unknown metric, or too few or many answers.
     """
     if not len(data):
-        raise ValueError("the data set is empty: nothing to judge")
+        raise ValueError("the data set is empty: give at least one example to judge")
     if len(answers) != len(data):
-        raise ValueError(f"{len(answers)} answers to {len(data)} examples")
+        raise ValueError(
+            f"{len(answers)} answers to {len(data)} examples: give one answer for each"
+        )
     if metric is None:
         metric = metric_of(data)
     if metric not in METRICS:
@@ -389,15 +393,15 @@ def blind(
     *,
     metric: str | None = None,  # as in `score`
 ) -> Evaluation:
-    """What a model gets that knows the training answers and never sees an image.
+    """The score that is possible with the training answers and without any image.
 
-    It gives the most frequent training answer to each prompt, and to an unknown prompt
-    the most frequent answer of all. Raises `ValueError` if train is empty.
+    Each prompt gets its most frequent training answer. A prompt that is not in `train`
+    gets the most frequent answer of all. Raises `ValueError` if train is empty.
     """
     prompts = train["prompt"][:]
     replies = train["answer"][:]
     if not replies:
-        raise ValueError("train is empty: nothing to learn from")
+        raise ValueError("train is empty: give at least one training example")
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for prompt, reply in zip(prompts, replies):
         counts[prompt][reply] += 1
@@ -419,7 +423,7 @@ def exact_match(
     if there is no batch, and for an encoder-decoder.
     """
     if not batches:
-        raise ValueError("batches is empty: nothing to answer")
+        raise ValueError("batches is empty: give at least one batch")
     if not is_causal(model):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder: measure it with evaluate"

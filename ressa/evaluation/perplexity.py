@@ -48,7 +48,7 @@ def text_windows(
     if windows is not None and windows < 1:
         raise ValueError(f"windows must be 1 or more, or None for all, not {windows}")
     text = "\n\n".join(texts)
-    # a text longer than the model's context is meant: it is cut into windows
+    # the text may be longer than the model's context, because it is cut into windows
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     all_windows = ids[: len(ids) // length * length].view(-1, length)
     if len(all_windows) == 0:

@@ -44,10 +44,10 @@ def _image_token(config):
 
 
 class BatchRules(NamedTuple):
-    """What a model says about the batches that it reads.
+    """The rules that a batch must follow to be read by a model.
 
-    It holds three numbers and no model, so it can go along to the processes that build
-    batches.
+    They are three numbers and hold no model, so they can be sent to the processes that
+    build batches.
     """
 
     tokens: int | None  # how many token ids the model knows; None: it has no table
@@ -97,7 +97,7 @@ class BatchRules(NamedTuple):
 def batch_rules(
     model: PreTrainedModel,  # the model that will read batches
 ) -> BatchRules:
-    "What a model says about the batches that it reads."
+    "The rules that a batch must follow to be read by this model."
     try:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:  # a model that compares has several, such as CLIP
@@ -194,9 +194,7 @@ def is_text(
 def evaluation_mode(
     model: nn.Module,  # any model
 ) -> Iterator[None]:
-    """While the block runs, a model is in evaluation mode; then each module is as
-    before.
-    """
+    "While the block runs, a model is in evaluation mode; then its modes are restored."
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

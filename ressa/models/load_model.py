@@ -54,14 +54,14 @@ def set_lengths(
     processor: ProcessorMixin | PreTrainedTokenizerBase,  # changed in place
     model: PreTrainedModel,  # the model that the processor belongs to
 ) -> None:
-    """Set what a processor has to know of its model, where it is not stored.
+    """Set the lengths that a processor needs from its model, if they are not stored.
 
     Older checkpoints of BLIP-2 and LLaVA do not say how many places an image takes.
     """
     configs = [model.config, getattr(model.config, "vision_config", None)]
     for name in LENGTHS:
         if getattr(processor, name, 0) is not None:
-            continue  # it is stored, or the class does without
+            continue  # it is stored, or the class does not need it
         for config in configs:
             value = getattr(config, name, None)
             if isinstance(value, int):
@@ -122,8 +122,8 @@ def load_checkpoint(
     return model, processor
 
 # %% ../../nbs/reference/load_model.ipynb #ecca6145
-# a file that tells what a folder holds → the function that opens the folder. It stands
-# in a later package, so it is named, and imported when such a folder is opened.
+# a file that shows what a folder holds → the function that opens the folder. Its
+# package imports this one, so it is only named here, and imported when it is needed.
 OPENERS = {
     "sparse.json": "ressa.checkpoints.sparse:open_packed",
     "adapter_config.json": "ressa.checkpoints.adapter_folders:open_adapter",
@@ -187,7 +187,7 @@ def load_model(
     device: str | torch.device = "auto",  # see `pick_device`
     dtype: str | torch.dtype = "auto",  # number format of the weights, see `pick_dtype`
     *,
-    teacher: bool = False,  # freeze all weights: the model is only to learn from
+    teacher: bool = False,  # freeze all weights, for a model that only teaches
     revision: str | None = None,  # branch, tag or commit of a model of the hub
     device_map: str | dict | None = None,  # of `from_pretrained`; "auto" for `device`
     offload_folder: str | Path | None = None,  # with `device_map`: for other weights

@@ -337,7 +337,10 @@ def load_real(
     folder = Path(folder)
     vision = read_json(folder / VISION_FILE)
     if not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{folder / WEIGHTS_FILE}: it does not exist")
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: it does not exist: give a folder that "
+            "train_real wrote"
+        )
     trained = load_file(folder / WEIGHTS_FILE)
     picked = pick_dtype(dtype)
     number_format = torch.float32 if isinstance(picked, str) else picked  # "auto"

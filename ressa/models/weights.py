@@ -47,7 +47,7 @@ def _non_finite(model):
             continue
         if tensor.dtype.itemsize == 1:  # 8-bit floats have no order in torch
             tensor = tensor.float()
-        # NaN passes through both; nothing of the size of the tensor is allocated
+        # both return NaN if there is one, and neither allocates a copy of the tensor
         extremes = torch.stack(tensor.aminmax())
         if not extremes.isfinite().all():
             found.append(name)
@@ -58,9 +58,10 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # of safetensors
 
 
 def _not_floats(model, folder):
-    """Names of weights that are stored as whole numbers, truth values or complex
-    numbers, where the model computes with floats. A quantized checkpoint says so in
-    its configuration, and may have them."""
+    """Names of float weights that are stored as whole, boolean or complex numbers.
+
+    A quantized checkpoint may have such weights, and says so in its configuration.
+    """
     if getattr(model.config, "quantization_config", None) is not None:
         return []
     state = model.state_dict()

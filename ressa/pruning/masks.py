@@ -31,7 +31,7 @@ def _all_but_lowest(score, k):
         return torch.ones_like(score, dtype=torch.bool)
     threshold = kth_lowest(score, k)
     above = score > threshold
-    kept = score.shape[1] - k  # in each row; no row has more than these above
+    kept = score.shape[1] - k  # in each row; at most this many scores are higher
     if torch.count_nonzero(above) == kept * len(score):
         return above
     # Several scores of a row equal its threshold: the leftmost of them are pruned.
@@ -64,7 +64,7 @@ def select(
         compared = score.reshape(-1, m)
         pruned = m - n
     else:
-        assert sparsity is not None  # `validate_target` has seen to it
+        assert sparsity is not None  # `validate_target` has checked it
         compared = score if group == "row" else score.reshape(1, -1)
         pruned = pruned_count(sparsity, compared.shape[1])
     return _all_but_lowest(compared, pruned).reshape(score.shape)
@@ -99,7 +99,10 @@ def sparsity_of(
     Raises `ValueError` for a placeholder on the device `meta`, which holds no numbers.
     """
     if weight.is_meta:
-        raise ValueError("weight is the placeholder of an offloaded weight, no numbers")
+        raise ValueError(
+            "weight is the placeholder of an offloaded weight and holds no numbers: "
+            "read it with ressa.pruning.placement.StoredWeight"
+        )
     return torch.count_nonzero(weight == 0).item() / max(weight.numel(), 1)
 
 # %% ../../nbs/reference/masks.ipynb #8c6e69b2
@@ -109,7 +112,7 @@ def has_pattern(
 ) -> bool:
     """Whether at most N of every M consecutive weights of each output row are non-zero.
 
-    Raises `ValueError` if the pattern is none.
+    Raises `ValueError` if the text is not a pattern.
     """
     n, m = parse_pattern(pattern)
     if weight.shape[1] % m:

@@ -19,7 +19,7 @@ from ..parts import LINEAR, linear_shape
 
 # %% ../../nbs/reference/placement.ipynb #3b6f877e
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Packages whose tensors claim to be floats of full shape, and are not.
+# Packages whose tensors look like floats of full shape, but are not.
 _NOT_PLAIN = ("torchao", "bitsandbytes", "torch.distributed")
 
 
@@ -62,7 +62,7 @@ def _weights_map(layer):
     hook = getattr(layer, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])  # of a sequence, which the model has
     maps = [getattr(each, "weights_map", None) for each in hooks]
-    # no map that is empty: a module without weights of its own has such a one
+    # an empty map belongs to a module without weights of its own
     return next((each for each in maps if each), None)
 
 # %% ../../nbs/reference/placement.ipynb #b78230e8
@@ -78,8 +78,8 @@ class _Offloaded:
     def __init__(self, layer, key):
         self.key = key
         self.weights_map: Any = _weights_map(layer)
-        # All layers share what the map asks (`dataset`), which knows parameters by full
-        # names; the map of one layer puts the layer's name (`prefix`) before "weight".
+        # The map of one layer reads from a common `dataset`, which has the full names
+        # of all parameters; the map puts the layer's name (`prefix`) before "weight".
         self.loader: Any = getattr(self.weights_map, "dataset", None)
         self.full_name = f"{getattr(self.weights_map, 'prefix', '')}{key}"
 

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from same_repair import pruned_and_dense
 from torch import nn
 
+from ressa.adaptation.repair import repair
 from ressa.adaptation.sparse_lora import SparseLoraConfig
 from ressa.adaptation.trainer import RessaArguments, RessaTrainer
 
@@ -28,6 +29,18 @@ def case():
     "Fresh copies of both models in each test."
     pruned, dense, processor, train = pruned_and_dense()
     return Case(pruned, copy.deepcopy(dense), processor, train)
+
+
+@pytest.fixture
+def repaired_copy(case):
+    "A function that repairs a copy of the pruned model."
+
+    def run(**options):
+        model = copy.deepcopy(case.pruned)
+        options = dict(teacher=case.dense) | options
+        return repair(model, case.train, case.processor, **options)
+
+    return run
 
 
 @pytest.fixture

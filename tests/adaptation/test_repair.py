@@ -1,49 +1,25 @@
-"""A repair in one call: every zero stays, it resumes to the bit, stops early, reports, and refuses before it begins."""
+"""A repair in one call: every zero stays, it stops early, reports, and refuses before it begins."""
 
 import copy
 import json
 import shutil
-import signal
-import time
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from same_repair import repaired, weights_of
-from warm_processes import started
+from same_repair import equal, weights_of
 
 from ressa.adaptation.adapters import ADAPTERS, adapt, zero_masks, zeros_filled
 from ressa.adaptation.distillation import distillation_loss
 from ressa.adaptation.repair import (
     PAPER_RANKS,
     RepairReport,
-    _weights_hash,
     repair,
 )
 from ressa.adaptation.teachers import CachedTeacher
 from ressa.data.collate import collate
 
 SHORT = dict(steps=2, batch_size=4, r=2, disable_tqdm=True)
-EVERY_STEP_KEPT = dict(
-    steps=4, batch_size=4, save_steps=1, save_total_limit=9, disable_tqdm=True, r=2
-)
-
-
-def equal(a, b):
-    weights = zip(a.parameters(), b.parameters(), strict=True)
-    return all(torch.equal(x, y) for x, y in weights)
-
-
-@pytest.fixture
-def repaired_copy(case):
-    "A function that repairs a copy of the pruned model."
-
-    def run(**options):
-        model = copy.deepcopy(case.pruned)
-        options = dict(teacher=case.dense) | options
-        return repair(model, case.train, case.processor, **options)
-
-    return run
 
 
 # The paper's arguments
@@ -219,94 +195,6 @@ def test_a_harmful_repair_warns(case):
     assert equal(case.dense, before)
 
 
-# Going on after a stop
-
-
-def losses_of(log):
-    "Step, loss and held-out loss of every line that has one."
-    return [
-        (line["step"], line.get("loss"), line.get("eval_loss"))
-        for line in log
-        if "loss" in line or "eval_loss" in line
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "adapter,patience",
-    [("sparselora", None), ("bias", None), ("sparselora", 9), ("full", 9)],
-)
-def test_resumed_at_any_step_equals_uninterrupted(
-    case, repaired_copy, tmp_path, adapter, patience
-):
-    "What a kill after each step would have left is gone on with, to the same bits and the same log."
-    options = EVERY_STEP_KEPT | dict(adapter=adapter)
-    if patience:
-        options |= dict(
-            patience=patience,
-            held_out=case.train.select(range(20, 26)),
-            learning_rate=0.05,
-        )
-    whole = repaired_copy(folder=tmp_path / "run", **options)
-    kept = (tmp_path / "run").rename(tmp_path / "kept")
-    for last in (1, 3, 4):
-        (tmp_path / "run").mkdir()
-        shutil.copy(kept / "repair.json", tmp_path / "run")
-        for step in range(1, last + 1):
-            name = f"checkpoint-{step}"
-            shutil.copytree(kept / name, tmp_path / "run" / name)
-        resumed = repaired_copy(folder=tmp_path / "run", **options)
-        assert equal(resumed.model, whole.model), f"after step {last}"
-        assert losses_of(resumed.log) == losses_of(whole.log), f"after step {last}"
-        shutil.rmtree(tmp_path / "run")
-    assert whole.logged("task_loss").keys() == whole.losses.keys()
-    assert whole.logged("distillation_loss").keys() == whole.losses.keys()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [dict(adapter="sparselora"), dict(adapter="full", patience=9)]
-)
-def test_killed_at_a_random_moment_equals_uninterrupted(tmp_path, options):
-    "SIGKILL, wherever it hits, and the same call again."
-    options |= dict(steps=5, batch_size=4, disable_tqdm=True, r=2, save_steps=1)
-    folder = tmp_path / "killed"
-    child = started(repaired, folder, **options)
-    while not list(folder.glob("checkpoint-2*")) and child.is_alive():
-        time.sleep(0.005)
-    clock = torch.Generator().manual_seed(time.time_ns() % 2**31)
-    time.sleep(0.5 * float(torch.rand(1, generator=clock)))
-    child.kill()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL, "it was to be killed while it ran"
-    resumed = repaired(folder, **options)
-    assert equal(resumed, repaired(tmp_path / "whole", **options))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("broken", ["", '{"glo'])
-def test_a_half_written_checkpoint_is_not_taken(repaired_copy, tmp_path, broken):
-    options = EVERY_STEP_KEPT | dict(save_steps=2, save_total_limit=2, folder=tmp_path)
-    whole = repaired_copy(**options)
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(broken)
-    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
-    again = repaired_copy(**options)
-    assert equal(again.model, whole.model)
-
-
-def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_system(
-    repaired_copy, tmp_path, monkeypatch
-):
-    def full(*args, **kwargs):
-        raise RuntimeError(
-            "[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 16"
-        )
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="checkpoint could not be written"):
-        repaired_copy(**SHORT, folder=tmp_path, save_steps=1)
-
-
 # Early stopping
 
 
@@ -401,18 +289,6 @@ def test_held_out_examples_that_are_trained_on_are_counted(case):
     train = case.train.select(range(1, 9))
     with pytest.warns(UserWarning, match="2 of 3 held-out examples are training"):
         repair(case.pruned, train, case.processor, **options)
-
-
-def test_one_changed_weight_is_another_model(case):
-    known = _weights_hash(case.dense)
-    layer = case.dense.get_output_embeddings()
-    with torch.no_grad():
-        layer.weight[-1, -1] *= 2
-    assert _weights_hash(case.dense) != known
-    swapped = _weights_hash(case.dense)
-    with torch.no_grad():
-        layer.weight[[-1, -2]] = layer.weight[[-2, -1]]
-    assert _weights_hash(case.dense) != swapped
 
 
 # Refusals

@@ -69,6 +69,12 @@ def repaired(folder, held_out=6, patience=None, **options):
     return report.model
 
 
+def equal(a, b):
+    "Whether two models have the same weights, to the bit."
+    weights = zip(a.parameters(), b.parameters(), strict=True)
+    return all(torch.equal(x, y) for x, y in weights)
+
+
 def weights_of(model, checkpoint, adapter):
     "The model that a checkpoint of the trainer holds, merged."
     if adapter in ("full", "bias"):

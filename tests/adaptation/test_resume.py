@@ -1,0 +1,112 @@
+"""A stopped repair goes on to the same bits, and the checkpoints of another one are refused."""
+
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from ressa.adaptation.resume import weights_hash
+from same_repair import equal, repaired
+from warm_processes import started
+
+EVERY_STEP_KEPT = dict(
+    steps=4, batch_size=4, save_steps=1, save_total_limit=9, disable_tqdm=True, r=2
+)
+
+
+def test_one_changed_weight_is_another_model(case):
+    known = weights_hash(case.dense)
+    layer = case.dense.get_output_embeddings()
+    with torch.no_grad():
+        layer.weight[-1, -1] *= 2
+    assert weights_hash(case.dense) != known
+    swapped = weights_hash(case.dense)
+    with torch.no_grad():
+        layer.weight[[-1, -2]] = layer.weight[[-2, -1]]
+    assert weights_hash(case.dense) != swapped
+
+
+def losses_of(log):
+    "Step, loss and held-out loss of every line that has one."
+    return [
+        (line["step"], line.get("loss"), line.get("eval_loss"))
+        for line in log
+        if "loss" in line or "eval_loss" in line
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "adapter,patience",
+    [("sparselora", None), ("bias", None), ("sparselora", 9), ("full", 9)],
+)
+def test_resumed_at_any_step_equals_uninterrupted(
+    case, repaired_copy, tmp_path, adapter, patience
+):
+    "What a kill after each step would have left is gone on with, to the same bits and the same log."
+    options = EVERY_STEP_KEPT | dict(adapter=adapter)
+    if patience:
+        options |= dict(
+            patience=patience,
+            held_out=case.train.select(range(20, 26)),
+            learning_rate=0.05,
+        )
+    whole = repaired_copy(folder=tmp_path / "run", **options)
+    kept = (tmp_path / "run").rename(tmp_path / "kept")
+    for last in (1, 3, 4):
+        (tmp_path / "run").mkdir()
+        shutil.copy(kept / "repair.json", tmp_path / "run")
+        for step in range(1, last + 1):
+            name = f"checkpoint-{step}"
+            shutil.copytree(kept / name, tmp_path / "run" / name)
+        resumed = repaired_copy(folder=tmp_path / "run", **options)
+        assert equal(resumed.model, whole.model), f"after step {last}"
+        assert losses_of(resumed.log) == losses_of(whole.log), f"after step {last}"
+        shutil.rmtree(tmp_path / "run")
+    assert whole.logged("task_loss").keys() == whole.losses.keys()
+    assert whole.logged("distillation_loss").keys() == whole.losses.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [dict(adapter="sparselora"), dict(adapter="full", patience=9)]
+)
+def test_killed_at_a_random_moment_equals_uninterrupted(tmp_path, options):
+    "SIGKILL, wherever it hits, and the same call again."
+    options |= dict(steps=5, batch_size=4, disable_tqdm=True, r=2, save_steps=1)
+    folder = tmp_path / "killed"
+    child = started(repaired, folder, **options)
+    while not list(folder.glob("checkpoint-2*")) and child.is_alive():
+        time.sleep(0.005)
+    clock = torch.Generator().manual_seed(time.time_ns() % 2**31)
+    time.sleep(0.5 * float(torch.rand(1, generator=clock)))
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, "it was to be killed while it ran"
+    resumed = repaired(folder, **options)
+    assert equal(resumed, repaired(tmp_path / "whole", **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["", '{"glo'])
+def test_a_half_written_checkpoint_is_not_taken(repaired_copy, tmp_path, broken):
+    options = EVERY_STEP_KEPT | dict(save_steps=2, save_total_limit=2, folder=tmp_path)
+    whole = repaired_copy(**options)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(broken)
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    again = repaired_copy(**options)
+    assert equal(again.model, whole.model)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_system(
+    repaired_copy, tmp_path, monkeypatch
+):
+    def full(*args, **kwargs):
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 16"
+        )
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint could not be written"):
+        repaired_copy(steps=2, batch_size=4, r=2, folder=tmp_path, save_steps=1)

@@ -123,10 +123,7 @@ class KeepsMask(LoraLinear):
             super().unmerge()  # which warns
             return
         if not self.can_unmerge:
-            raise RuntimeError(
-                "the weight from before the merge was not kept: load the pruned model "
-                "and the adapter again"
-            )
+            raise RuntimeError("the merge kept no old weight: load the model again")
         self.merged_adapters.clear()
         self.base_layer.weight.data.copy_(self.weight_before_merge)
         del self.weight_before_merge

@@ -139,7 +139,7 @@ def _check_request(chosen, held_out, patience):
         raise ValueError(f"learning_rate must be above 0 and finite, not {rate}")
     if not torch.is_grad_enabled():
         raise ValueError(
-            "repair needs gradients, and they are switched off: call it outside of "
+            "repair trains, but gradients are switched off: call it outside of "
             "torch.no_grad() and torch.inference_mode()"
         )
     if held_out is not None and not len(held_out):

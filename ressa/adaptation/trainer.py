@@ -355,7 +355,7 @@ def _as_teacher(teacher, model, device):
     dense = teacher.model if isinstance(teacher, ModelTeacher) else teacher
     if isinstance(dense, nn.Module) and _same_weights(dense, model):
         raise ValueError(
-            "the teacher is the student itself: pass the dense model, or a "
+            "the teacher is the model that learns: pass the dense model, or a "
             "SelfTeacher, which keeps the removed weights"
         )
     if not callable(teacher) and teacher is not None:

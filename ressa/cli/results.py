@@ -435,7 +435,7 @@ def verdict(
         if rival in results and results[rival]["accuracy"] >= repaired:
             other = show_score(metric, results[rival]["accuracy"])
             sentences.append(
-                f"{NAMES[rival]} was as good as the repair or better: {other} "
+                f"Another repair was as good or better: {NAMES[rival]}, {other} "
                 f"against {show_score(metric, repaired)}."
             )
     sentences.append(f"Zeros filled by the repair: {results['zeros_filled']}.")

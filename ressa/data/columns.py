@@ -82,9 +82,9 @@ def find_columns(
     chosen = columns or {}
     for key, name in chosen.items():
         if key not in COLUMNS:
-            raise ValueError(f"columns: {key!r} must be one of {list(COLUMNS)}")
+            raise ValueError(f"columns: {key!r} is none of {list(COLUMNS)}")
         if name not in names:
-            raise ValueError(f"columns: {name!r} must be one of the columns {names}")
+            raise ValueError(f"columns: no column {name!r}: choose one of {names}")
     found = {}
     for key, known_names in COLUMNS.items():
         present = [name for name in known_names if name in names]

@@ -163,8 +163,5 @@ def won_back_interval(
     won = bootstrap_means(repaired - start)
     lost = bootstrap_means(np.broadcast_to(dense - start, repaired.shape))
     if lost.min() <= 0:
-        raise ValueError(
-            "in some bootstrap samples nothing was lost, so the share has no interval: "
-            "use more questions"
-        )
+        raise ValueError("so little was lost that its share has no interval")
     return _middle(won / lost, level=0.95)

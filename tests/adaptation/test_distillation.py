@@ -86,7 +86,7 @@ def test_what_cannot_be_meant_is_refused():
         ("must be one of", dict(positions="some")),
         ("needs to be told where the text is", dict(positions="text")),
         ("True or False for each of", dict(positions=labels)),
-        ("mark no token", dict(positions=labels > 99)),
+        ("are False everywhere", dict(positions=labels > 99)),
         ("temperature must be above 0", dict(temperature=-1.0)),
         ("weight must be in", dict(weight=-0.1)),
     ]

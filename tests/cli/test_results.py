@@ -159,7 +159,9 @@ def test_the_sentences_hide_nothing(stored):
     assert "the repaired model is WORSE than the pruned one" in verdict(worse)
     assert "no better than the blind answers" in verdict(worse)
     assert "plain LoRA, re-masked, 52.53% against 10.00%" in verdict(worse)
-    matched = [name for name, run in stored.items() if "or better did" in verdict(run)]
+    matched = [
+        name for name, run in stored.items() if "was as good or better" in verdict(run)
+    ]
     assert matched == ["2:4"]
     none = best | {"won_back": {"pruned": -0.2, "blind": -1.3}}
     assert "The repair won back nothing." in verdict(none)

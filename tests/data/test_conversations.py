@@ -253,7 +253,7 @@ def test_a_model_that_reads_its_whole_prompt_first_learns_answers_apart(name, tm
 
 WRONG = {
     "turn 1 is of the user, and must be of the assistant": [0, 0, 1],
-    "its last turn is no answer": [0, 1, 0],
+    "its last turn must be an answer": [0, 1, 0],
     "turn 0 is of the assistant": [1],
     "it has no turns": [],
 }
@@ -278,7 +278,7 @@ def test_an_order_that_is_none_is_named(message):
         ({"conversations": None}, "it has no turns"),
         (
             {"conversations": [{"from": "human", "value": 7}]},
-            "turn 0: its content 7 is neither",
+            "turn 0: its content must be a text or a list of parts, not 7",
         ),
     ],
 )

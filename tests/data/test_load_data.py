@@ -46,8 +46,8 @@ def test_files_with_images_beside_them(tmp_path, suffix):
 @pytest.mark.parametrize(
     "asked, said",
     [
-        ({"split": "train[3:]"}, "none of the 3 rows is in it"),
-        ({"split": "train[7:]"}, "none of the 3 rows is in it"),
+        ({"split": "train[3:]"}, "is empty: choose rows between 0 and 3"),
+        ({"split": "train[7:]"}, "is empty: choose rows between 0 and 3"),
         ({"split": "train+train"}, "name one split"),
         ({"split": ""}, "split must be a name"),
         ({"split": 3}, "split must be a name"),

@@ -121,7 +121,7 @@ def test_numbers_among_texts_of_json(tmp_path):
         ("a,b\n1,2\n1,2,3\n", "line 3: has 3 cells, and the header has 2"),
         ("a,b\n1\n", "line 2: has 1 cells"),
         ("a,a\n1,2\n", "names a column twice"),
-        ("", "no header"),
+        ("", "the file is empty"),
         ('a,b\n"1,2\n', "line 2: unexpected end"),
         ("a;b\n1;2\n", "cells are separated by ';', and ',' is expected"),
         ("a\tb\n1\t2\n", "cells are separated by"),

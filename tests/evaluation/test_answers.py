@@ -146,9 +146,9 @@ def test_what_cannot_be_judged_or_answered_is_refused(data, model_and_processor)
         score(["yes"], some)
     with pytest.raises(ValueError, match="metric must be one of"):
         score(["yes"] * 3, some, "BLEU")
-    with pytest.raises(ValueError, match="nothing to judge"):
+    with pytest.raises(ValueError, match="the data set is empty"):
         score([], some.select([]))
-    with pytest.raises(ValueError, match="nothing to answer"):
+    with pytest.raises(ValueError, match="the data set is empty"):
         evaluate(model, some.select([]), processor)
     with pytest.raises(ValueError, match="batch_size must be 1"):
         answer(model, some, processor, batch_size=0)

@@ -196,7 +196,7 @@ def test_the_data_choose_the_metric(data, expected):
 
 
 def test_no_metric_fits_an_empty_data_set():
-    with pytest.raises(ValueError, match="no metric fits"):
+    with pytest.raises(ValueError, match="the data set is empty"):
         metric_of(examples(x=[1]).select([]))
 
 

@@ -42,8 +42,8 @@ def test_equal_similarities_find_nothing():
 @pytest.mark.parametrize(
     "similarity, image_of, message",
     [
-        (torch.ones(3, 2), [0, 1], "some image has no text"),
-        (torch.ones(3, 2), [0], "image_of has 1"),
+        (torch.ones(3, 2), [0, 1], "an image has no text"),
+        (torch.ones(3, 2), [0], "image_of must have 2 entries"),
         (torch.ones(2, 2), [0, 2], "must name images 0 to 1"),
         (torch.ones(2), [0, 1], "finite numbers of shape"),
         (torch.full((2, 2), torch.nan), [0, 1], "finite numbers of shape"),

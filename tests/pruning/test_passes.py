@@ -143,7 +143,7 @@ def test_number_of_examples():
     assert number_of_examples({"x": torch.zeros(5, 2)}) == 5
     with pytest.raises(ValueError, match="empty"):
         number_of_examples({})
-    with pytest.raises(ValueError, match="no pieces"):
+    with pytest.raises(ValueError, match="pieces is empty"):
         join_examples([])
 
 

@@ -72,7 +72,7 @@ def test_magnitude_needs_no_statistics():
         (torch.randn(2, 4, 8), "matrix"),
         (torch.ones(4, 8, dtype=torch.int32), "floats of 16 bits or more"),
         (torch.ones(4, 8).to(torch.float8_e4m3fn), "floats of 16 bits or more"),
-        (torch.randn(4, 7), "weight has 7 inputs, stats has 8"),
+        (torch.randn(4, 7), "stats must be of 7 inputs as weight has, not of 8"),
     ],
 )
 def test_a_weight_that_does_not_fit_is_refused(weight, message):

@@ -66,7 +66,7 @@ def test_inputs_without_a_last_axis_are_refused(shape):
 
 
 def test_a_batch_of_another_width_is_refused():
-    with pytest.raises(ValueError, match="x has 3 inputs, stats has 4"):
+    with pytest.raises(ValueError, match="x must have 4 inputs as stats has, not 3"):
         Statistics.of(torch.rand(5, 4)).update(torch.rand(5, 3))
 
 

@@ -373,5 +373,5 @@ def test_any_format_of_numbers_has_its_share_of_zeros(dtype, method):
 def test_what_is_no_linear_layer_is_refused(dense, layer):
     with pytest.raises(ValueError, match="mine .* is no linear layer"):
         prune_layers(*dense, {"mine": layer}, {"mine": 0.5}, progress=False)
-    with pytest.raises(ValueError, match="targets names 'other'"):
+    with pytest.raises(ValueError, match="targets: 'other' must be one"):
         prune_layers(*dense, {"mine": layer}, {"other": 0.5}, progress=False)

@@ -7,7 +7,6 @@ __all__ = ['weights_hash', 'settings_of', 'require_same_run', 'train_or_resume']
 
 # %% ../../nbs/reference/resume.ipynb #6ac8c951
 import hashlib
-import tempfile
 import zlib
 from pathlib import Path
 

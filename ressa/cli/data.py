@@ -141,6 +141,16 @@ class _Reader:
         self.pictures = picture_tokens(model)
         self.causal = is_causal(model)
         self.rules = batch_rules(model)
+        self.with_unknown: set[int] = set()  # read examples with unknown words
+
+    def _has_unknown(self, batch):
+        "Whether an example holds a token that stands for an unknown word."
+        unknown = self.tokenizer.unk_token_id
+        # GPT-2's tokenizer knows every word, and its unknown token is its end token
+        others = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        if unknown is None or unknown in others:
+            return False
+        return any((batch[name] == unknown).any() for name in ("input_ids", "labels"))
 
     def __call__(self, data, row):
         from ressa.data.collate import collate
@@ -153,6 +163,8 @@ class _Reader:
             raise ValueError(f"example {row}: {error.reason}") from error
         except ValueError as error:
             raise ValueError(f"example {row}: {error}") from error
+        if self._has_unknown(batch):
+            self.with_unknown.add(row)
         return as_read(batch, self.tokenizer, self.pictures, causal=self.causal)
 
 
@@ -215,6 +227,17 @@ def _print_lengths(data, lengths, limit):
         f"Too long: {too_long} of {measured} have more than the model's {limit} tokens"
     )
 
+
+def _print_unknown(reader, measured):
+    "Warn of words that the model cannot read."
+    if not reader.with_unknown:
+        return
+    print(
+        f"Unknown words: {len(reader.with_unknown)} of {measured} examples have words "
+        f"that the tokenizer does not know; the model reads each of them as "
+        f"{reader.tokenizer.unk_token}\n  (first in example {min(reader.with_unknown)})"
+    )
+
 # %% ../../nbs/reference/command_data.ipynb #cf3fe7ad
 _LONG_ANSWER = 5  # words; a longer answer is seldom given word for word
 
@@ -264,4 +287,5 @@ def run(
     _print_examples(data, reader, read.seed)
     lengths = _measure(data, reader, read.seed)
     _print_lengths(data, lengths, longest_input(model, reader.tokenizer))
+    _print_unknown(reader, len(lengths.whole))
     print(_about_metric(read, tests[0]))

@@ -55,6 +55,7 @@ from ressa.cli.results import (
     won_back_shares,
 )
 from ressa.cli.run_data import (
+    calibration_of,
     draw_calibration,
     load_tests,
     load_training,
@@ -299,7 +300,7 @@ def _load_of(args, dtype, empty, examples, processor, targets):
         dtype_bytes=_dtype_bytes(dtype, empty),
         **load_of_batch(empty, few, processor),
         batch_size=_trained_batch(args),
-        calibration=args.calibration,
+        calibration=calibration_of(args, examples),
         micro_batch=args.micro_batch or (None if bundled else _MICRO_BATCH),
         test_batch=test_batch_of(args),
         ranks=ranks_of(args.rank) or DEFAULT_RANKS,

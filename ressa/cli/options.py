@@ -144,10 +144,10 @@ class PruneOptions:
         "meet the sparsity of a layer to one weight; without it, the number of zeros "
         "is rounded down in each row",
     )
-    calibration: int = _key(
-        128,
-        "examples that pruning measures its inputs on; not more than there are to "
-        "learn from",
+    calibration: int | None = _key(
+        None,
+        "examples that pruning measures its inputs on "
+        "(default: 128, or all that there are to learn from)",
     )
     micro_batch: int | None = _key(
         None,

@@ -35,10 +35,10 @@ from ..models.bundled import load_bundled
 from ..pruning.engine import prune
 
 # %% ../../nbs/studies/ablations.ipynb #8903dabc
-# The loss of all rows that do not name another one: the default of `repair` when the
-# study was made. The study of few labels tells what the choice is worth.
+# The loss of all methods that do not name another one: the default of `repair` when
+# the study was made. The study of few labels compares the losses.
 LOSS = dict(distill_weight=0.5, positions="answer")
-RIVALS: dict[str, dict] = {  # row of the study → in what it differs from RESSA
+RIVALS: dict[str, dict] = {  # method → settings in which it differs from RESSA
     "RESSA": {},
     "plain LoRA, re-masked": dict(adapter="lora"),
     "HiRA": dict(adapter="hira"),
@@ -56,13 +56,13 @@ RIVALS: dict[str, dict] = {  # row of the study → in what it differs from RESS
 
 # %% ../../nbs/studies/ablations.ipynb #bb40575e
 class Rates(NamedTuple):
-    "Learning rates of one row of the study."
+    "Learning rates of one method of the study."
 
-    collapsed: float  # for a model that pruning broke
-    hurt: float  # for one that still answers most questions
+    collapsed: float  # for a model that answers few questions after the pruning
+    hurt: float  # for a model that still answers most questions
 
 
-RATES = {  # the best of those tried on training questions; other rows take RESSA's
+RATES = {  # the best of those tried on training questions; other methods take RESSA's
     "RESSA": Rates(8e-3, 2e-3),
     "plain LoRA, re-masked": Rates(8e-3, 5e-4),
     "HiRA": Rates(3e-2, 3e-2),
@@ -74,7 +74,7 @@ RATES = {  # the best of those tried on training questions; other rows take RESS
 
 
 def _is_only_hurt(target):
-    "The bundled model still answers without 60 % of its weights, or half in a pattern."
+    "Whether the bundled model still answers most questions at a target."
     if isinstance(target, dict):
         return sum(target.values()) / len(target) <= 0.6
     return target in ("0.5", "0.6", "2:4", "4:8")
@@ -84,7 +84,7 @@ def rate_of(
     row: str,  # a key of `RIVALS`
     target: str | dict,  # as in `pruned_model`
 ) -> float:
-    "The learning rate of a row of the study at a target."
+    "The learning rate of a method of the study at a target."
     rates = RATES.get(row, RATES["RESSA"])
     return rates.hurt if _is_only_hurt(target) else rates.collapsed
 
@@ -94,7 +94,7 @@ KINDS = "true answers", "teacher's answers", "grey images"  # of training exampl
 
 
 def _with_answers_of(dense, data, processor):
-    "The examples with the dense model's answers in place of the true ones."
+    "The examples with the dense model's answers instead of the true ones."
     file = CACHE / "answers.json"
     if not file.exists():
         write_json(file, answer(dense, data, processor, progress=False))
@@ -103,6 +103,7 @@ def _with_answers_of(dense, data, processor):
 
 
 def _with_grey_images(data):
+    "The examples with a plain grey picture instead of each of theirs."
     picture = PIL.Image.new("RGB", (64, 64), (128, 128, 128))
     one = Dataset.from_dict({"image": [picture]})
     grey = one.cast_column("image", Image(mode="RGB"))[0]
@@ -137,13 +138,13 @@ def examples_of(
 def chosen_examples(
     kind: str = "true answers",  # as in `examples_of`
     *,
-    pairs: int | None = None,  # this many only, drawn at random
-    images: int | None = None,  # those about this many images only
+    pairs: int | None = None,  # take this many, drawn at random; None: all
+    images: int | None = None,  # take the examples about this many images; None: all
     labels: float | None = None,  # share of known answers; the teacher gives the rest
-    task: str | None = None,  # "caption": captions only
-    seed: int = 0,  # of what is drawn
-    labelled_only: bool = False,  # with `labels`: leave out the rest
-    leave: int = 0,  # keep the first so many questions away, to judge by
+    task: str | None = None,  # "caption": take only captions
+    seed: int = 0,  # of the random choices
+    labelled_only: bool = False,  # with `labels`: leave out the other examples
+    leave: int = 0,  # leave out this many of the first questions, to test on them
     source: Callable[[str], Dataset] = examples_of,  # kind → examples to choose from
 ) -> Dataset:
     "The training examples of one run. Raises `ValueError` if pairs is below 1."
@@ -157,8 +158,8 @@ def chosen_examples(
         chosen = chosen[tasks[chosen] == task]
     if images:
         names = np.array(data["image_id"][:])[chosen]
-        some_names = generator.permutation(np.unique(names))[:images]
-        chosen = chosen[np.isin(names, some_names)]
+        chosen_names = generator.permutation(np.unique(names))[:images]
+        chosen = chosen[np.isin(names, chosen_names)]
     if pairs is not None:
         chosen = generator.permutation(chosen)[:pairs]
     if labels is None:
@@ -182,8 +183,8 @@ def _sparsity(target, model, batch, seed):
 
 # %% ../../nbs/studies/ablations.ipynb #647b71c5
 def pruned_model(
-    target: str
-    | dict,  # "0.8", "2:4", "search 0.8" (an allocation), {"vision": 0.6, …}
+    # "0.8", "2:4", "search 0.8" (an allocation), {"vision": 0.6, …}
+    target: str | dict,
     seed: int = 0,  # of the calibration examples
     method: str = "wanda",  # as in `prune`
 ) -> nn.Module:
@@ -199,7 +200,7 @@ def pruned_model(
 
 # %% ../../nbs/studies/ablations.ipynb #61f6cf81
 def _settings_of(row, target, rate, rank):
-    "The settings of a row of the study: those of `repair`, `method` and `examples`."
+    "The settings of a method: those of `repair`, `method` and `examples`."
     if row not in RIVALS:
         raise ValueError(f"row must be one of {list(RIVALS)}, not {row!r}")
     settings = LOSS | dict(learning_rate=rate or rate_of(row, target)) | RIVALS[row]
@@ -233,30 +234,30 @@ def _validated(model, n):
 
 def _tested(model, questions=None):
     "Accuracy on test questions and captions, and which answers were right."
-    judge = bench(questions)
-    found = {}
+    questions_and_captions = bench(questions)
+    result = {}
     for task in ("accuracy", "captions"):
-        right = judge.right(model, task == "captions")
-        found[task] = float(right.mean())
-        found[f"{task}_right"] = pack_right(right)
-    return found
+        right = questions_and_captions.right(model, task == "captions")
+        result[task] = float(right.mean())
+        result[f"{task}_right"] = pack_right(right)
+    return result
 
 # %% ../../nbs/studies/ablations.ipynb #bf225292
 def repair_run(
     target: str | dict,  # as in `pruned_model`
-    row: str,  # a key of `RIVALS`
+    row: str,  # the method, a key of `RIVALS`
     seed: int = 0,  # of calibration, adapters, order and choice of examples
     *,
     steps: int = 200,  # of 64 examples each
     rank: int | None = None,  # of vision and language; None: `DEFAULT_RANKS`
-    rate: float | None = None,  # learning rate; None: that of the row
-    validate: int = 0,  # judge by so many training questions, kept away from training
-    questions: int | None = None,  # else by the first so many test questions; None: all
+    rate: float | None = None,  # learning rate; None: that of the method
+    validate: int = 0,  # test on this many training questions that are not trained on
+    questions: int | None = None,  # without `validate`: test questions; None: all
     **which,  # of `chosen_examples`: pairs, images, labels, task, source
 ) -> dict:  # accuracies, seconds, zeros filled, and which answers were right
     """Prune, repair and test once: one run of the study.
 
-    Raises `ValueError` for an unknown row, and as `pruned_model`.
+    Raises `ValueError` for an unknown method, and as `pruned_model`.
     """
     settings = _settings_of(row, target, rate, rank)
     method = settings.pop("method", "wanda")

@@ -394,10 +394,9 @@ def real_settings() -> dict[str, list[dict]]:  # name of a part → settings of 
 WRITERS = [  # method that prunes to 60 %, and the repair
     {"method": "dense", "row": None},
     {"method": "wanda", "row": None},
+    {"method": "sparsegpt", "row": None},
     {"method": "wanda", "row": "labels alone"},
     {"method": "wanda", "row": "RESSA and text"},
-    {"method": "sparsegpt", "row": None},
-    {"method": "magnitude", "row": None},
 ]
 
 

@@ -59,6 +59,15 @@ def test_the_pieces_together_are_the_whole_text(kind):
     assert text == reader.tokenizer.decode(batch["input_ids"][0])
 
 
+def test_words_that_the_tokenizer_does_not_know_are_counted(tmp_path, chat_model, run):
+    data = shapes_folder.make(tmp_path, "llava", rows=12, images=2, size=16)
+    _, said, _ = run("data", "--model", chat_model, "--data", data)
+    assert "Unknown words: 10 of 10 examples" in said, "its tokenizer has few words"
+    assert "reads each of them as <unk>\n  (first in example 0)" in said
+    _, known, _ = run("data", "--train-limit", 64)
+    assert "Unknown words" not in known
+
+
 def test_an_example_that_cannot_be_read_is_named(tmp_path, chat_model, run):
     data = shapes_folder.make(tmp_path, "llava", rows=6, turns=1, size=16)
     rows = json.loads(data.read_text())

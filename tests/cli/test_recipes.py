@@ -123,7 +123,7 @@ def test_values_have_the_types_of_their_fields(parser, recipe):
         "lr_scheduler_kwargs: {min_lr: 1e-6}\nreport_to: none\nmodel: mine"
     )
     read = read_options(parser.parse_args([file]), *KEYS, training=True)
-    assert (read.sparsity, read.exact, read.calibration) == (0.5, True, 128)
+    assert (read.sparsity, read.exact, read.calibration) == (0.5, True, None)
     assert read.training == {
         "learning_rate": 1e-4,
         "bf16": False,

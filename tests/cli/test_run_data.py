@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ressa.cli.run_data import (
+    calibration_of,
     columns_of,
     draw_calibration,
     load_tests,
@@ -55,6 +56,9 @@ def test_calibration_is_drawn_by_the_seed(bundled, data):
         return draw_calibration(args, model, data[0], processor)["input_ids"]
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+    default = Namespace(calibration=None, seed=0)
+    sizes = [calibration_of(default, data[0].select(range(n))) for n in (3, 200)]
+    assert sizes == [3, 128], "all that there are, 128 at most"
     with pytest.raises(ValueError, match="--calibration 9: only 3 examples"):
         args = Namespace(calibration=9, seed=0)
         draw_calibration(args, model, data[0].select(range(3)), processor)

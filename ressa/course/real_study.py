@@ -414,7 +414,7 @@ def real_run(
         raise ValueError(f"kind must be one of {list(runs)}, not {kind!r}")
     return runs[kind](**setting)
 
-
+# %% ../../nbs/studies/real_model.ipynb #3f9b36c1
 def _environment():
     "On what the runs are made: machine, versions."
     return {

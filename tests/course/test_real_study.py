@@ -8,6 +8,7 @@ from ressa.course.real_study import (
     REPAIRED,
     ROWS,
     TARGETS,
+    WRITERS,
     real_run,
     real_settings,
 )
@@ -31,6 +32,9 @@ def test_methods_and_positions_exist():
         method_of(method)
     for row in ROWS.values():
         require_positions(row.options.get("positions", "all"))
+    for writer in WRITERS:
+        assert writer["method"] == "dense" or method_of(writer["method"])
+        assert writer["row"] is None or writer["row"] in ROWS
 
 
 def test_equal_sums():

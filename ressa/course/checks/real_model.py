@@ -57,7 +57,7 @@ def _beats(other, model):
 def _beats_by_high_loss(other, model):
     return other != model and other[0] >= model[0] and other[1] >= model[1]
 
-
+# %% ../../../nbs/reference/checks/12_real_model.ipynb #372d4dd7
 def check_not_beaten(
     not_beaten,  # your function of accuracies and losses
 ) -> None:

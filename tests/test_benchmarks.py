@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tools" / "benchmarks"))
 import big
 import gpu
 import pruning
+import pruning_formulas
 
 
 @pytest.mark.slow
@@ -51,3 +52,16 @@ def test_the_usual_way_of_pruning_gives_the_same_masks(method, monkeypatch):
     least = {"wanda": 0.999, "sparsegpt": 0.9}[method]
     assert found["equal_masks_block_by_block"] > least
     assert found["ours_over_plain"] > 0
+
+
+CLEAR_REFS = Path("/proc/self/clear_refs")  # of Linux: sets a peak of memory back
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="Linux alone sets a peak back")
+def test_both_formulas_of_pruning_stand_beside_a_measurement():
+    small = dict(examples=2, tokens=32, vision_layers=1, layers=1)
+    found = pruning_formulas.measure("as the command: no dense copy", **small)
+    assert found["one layer"] == 13 * 768 * 3072
+    assert found["memory_needed"] > found["one layer"]
+    assert found["measured"] > 0

@@ -130,6 +130,33 @@ def test_two_exercises_or_more(path):
     assert len(exercises(path)) >= 2
 
 
+LENGTH = re.compile(r"^\*\*(\d) · .+?\*\* \(difficulty ([123]), (\d+) minutes\)", re.M)
+STARRED = ("06_sparsegpt", "08_which_layer")  # these chapters can be left out
+
+
+def test_the_syllabus_places_each_exercise_and_counts_the_points():
+    syllabus = (NBS / "course" / "syllabus.md").read_text()
+    points = {}
+    for path in COURSE:
+        found = [
+            exercise
+            for cell in nbformat.read(path, 4).cells
+            if cell.cell_type == "markdown"
+            for exercise in LENGTH.findall(cell.source)
+        ]
+        names = f"({path.name})", f"of chapter {path.name[:2]}"
+        lines = [
+            line for line in syllabus.splitlines() if any(n in line for n in names)
+        ]
+        placed = re.findall(r"\b(\d) \((\d+)\)", " ".join(lines))
+        wanted = [(number, minutes) for number, _, minutes in found]
+        assert sorted(placed) == wanted, path.stem
+        points[path.stem] = sum(int(difficulty) for _, difficulty, _ in found)
+    total = sum(points.values())
+    without = total - sum(points[name] for name in STARRED)
+    assert f"{total} points for all exercises, {without} without" in syllabus
+
+
 def test_the_proof_itself_can_fail():
     assert planted("test_fail(lambda: check(stub))") == 0
     loop = "for a, b in ((1, 'x'), (2, 'y')): test_fail(lambda: check(a), contains=b)"

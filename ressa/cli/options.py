@@ -41,7 +41,7 @@ class ModelOptions:
     _argument_group_name = "model"
 
     model: str = _key("bundled", "'bundled', a folder, or a hub id")
-    revision: str | None = _key(None, "branch, tag or commit of a model of the hub")
+    revision: str | None = _key(None, "branch, tag or commit of a hub model")
     device: str = _key("auto", "auto, cpu, cuda, cuda:1 or mps")
     dtype: str | None = _key(
         None,
@@ -53,7 +53,7 @@ class ModelOptions:
         None, "spread the weights over several GPUs: auto, balanced, sequential"
     )
     offload_folder: str | None = _key(
-        None, "with device_map: folder on disk for weights that fit nowhere else"
+        None, "with device_map: a folder on disk for weights that do not fit in memory"
     )
 
 
@@ -66,35 +66,36 @@ class DataOptions:
     data: str = _key(
         "easy-vqa", "'easy-vqa', a hub id, a folder, or a parquet, json or csv file"
     )
-    config: str | None = _key(None, "the part of a data set that has several")
+    config: str | None = _key(None, "the configuration, if the data set has several")
     image_folder: str | None = _key(
-        None, "where the image files are that the data names (default: beside it)"
+        None, "the folder of the image files (default: the folder of the data file)"
     )
     columns: str | None = _key(
-        None, 'which column is what, as JSON: \'{"question": "Q", "answer": "A"}\''
+        None, 'names of columns, as JSON: \'{"question": "Q", "answer": "A"}\''
     )
     turns: str | None = _key(
         None,
-        "all answers of a conversation in one example, or each in one of its own "
-        "(default: together)",
+        "together: one example with all answers of a conversation; apart: an example "
+        "for each answer (default: together)",
         choices=("together", "apart"),
     )
     choices: str | None = _key(
         None,
-        "what answers a question of multiple choice (default: letters)",
+        "the answer to a multiple-choice question: the letter or the text of an option "
+        "(default: letters)",
         choices=("letters", "texts"),
     )
 
 # %% ../../nbs/reference/command_options.ipynb #c9a8f196
 @dataclass
 class TrainOptions:
-    "Which of its examples to calibrate and to train on."
+    "Which examples of the data set to calibrate and to train on."
 
     _argument_group_name = "training data"
 
     train_split: str = _key("train", "the split to calibrate and to train on")
     train_limit: int | None = _key(
-        None, "read this many of its examples at most (default: 4096; easy-vqa: all)"
+        None, "read at most this many examples of it (default: 4096; easy-vqa: all)"
     )
 
 
@@ -110,9 +111,9 @@ class TestOptions:
         "the split to test on: validation, test[:1000], … "
         "(default: validation, else test, else pictures kept apart from train)",
     )
-    limit: int | None = _key(None, "test on this many examples at most")
+    limit: int | None = _key(None, "test on at most this many examples")
     test_batch: int | None = _key(
-        None, "examples that are answered at once (default: 256; other models: 16)"
+        None, "how many examples are answered at once (bundled: 256; other models: 16)"
     )
 
 # %% ../../nbs/reference/command_options.ipynb #19d7a47d
@@ -129,30 +130,30 @@ class PruneOptions:
         None, "fraction of zeros in vision and language, in [0, 1) (default: 0.8)"
     )
     pattern: str | None = _key(
-        None, "N:M, at most N of every M weights are kept; instead of a sparsity"
+        None, "N:M instead of a sparsity: at most N of every M weights are kept"
     )
-    vision: float | None = _key(None, "another sparsity for the vision part")
-    language: float | None = _key(None, "another sparsity for the language part")
+    vision: float | None = _key(None, "the sparsity of vision, if it is another")
+    language: float | None = _key(None, "the sparsity of language, if it is another")
     interface: float | None = _key(
-        None, "a sparsity for the interface, which otherwise stays dense"
+        None, "the sparsity of the interface, which otherwise stays dense"
     )
     allocation: str = _key(
-        "uniform", "which layer gets which sparsity", choices=ALLOCATIONS
+        "uniform", "the rule that gives each layer its sparsity", choices=ALLOCATIONS
     )
     exact: bool = _key(
         False,
-        "meet the sparsity of a layer to one weight; without it, the number of zeros "
-        "is rounded down in each row",
+        "prune each layer to the nearest number of weights; without this option, the "
+        "number of zeros is rounded down in each output row",
     )
     calibration: int | None = _key(
         None,
-        "examples that pruning measures its inputs on "
-        "(default: 128, or all that there are to learn from)",
+        "how many examples pruning uses to measure the inputs of layers "
+        "(default: 128, or all training examples if there are fewer)",
     )
     micro_batch: int | None = _key(
         None,
-        "examples that a block takes at once while it is pruned "
-        "(default: all on the bundled model; other models: 8)",
+        "how many examples a block processes at once while it is pruned "
+        "(default: all for the bundled model, 8 for other models)",
     )
 
 # %% ../../nbs/reference/command_options.ipynb #f2b6a2f6
@@ -164,12 +165,12 @@ class RepairOptions:
 
     teacher: str = _key(
         "model",
-        "model: a second, dense model stays in memory; self: the student with its "
-        "removed weights put back, without a second model; cached: the dense model is "
-        "asked before the training, its answers go to a file, and it is freed",
+        "model: a second, dense model in memory; self: the student with its removed "
+        "weights put back, which needs no second model; cached: targets that the dense "
+        "model writes to a file before it is pruned",
         choices=TEACHERS,
     )
-    adapter: str = _key("sparselora", "what is trained", choices=ADAPTERS)
+    adapter: str = _key("sparselora", "the weights to train", choices=ADAPTERS)
     rank: str | None = _key(
         None, 'rank of the update: 8, or JSON by part: \'{"vision": 4, "language": 8}\''
     )
@@ -179,7 +180,7 @@ class RepairOptions:
         "(default: 16)",
     )
     held_out: int | None = _key(
-        None, "training examples that are held out to watch the loss"
+        None, "how many training examples are held out to watch the loss"
     )
     patience: int | None = _key(
         None,
@@ -188,7 +189,7 @@ class RepairOptions:
     )
     compare: str | None = _key(
         None,
-        "other methods to train for comparison, separated by commas: plain_lora, hira, "
+        "other repairs to train for comparison, separated by commas: plain_lora, hira, "
         "labels",
     )
 
@@ -199,7 +200,7 @@ class SeedOptions:
 
     _argument_group_name = "chance"
 
-    seed: int = _key(0, "of the examples that are drawn")
+    seed: int = _key(0, "the seed with which examples are drawn")
 
 
 @dataclass

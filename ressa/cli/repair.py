@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   ressa recipe smolvlm-256m > my.yaml; ressa repair my.yaml --data my-folder
       a recipe that comes with ressa, changed for your data
   ressa repair my.yaml --teacher cached --compare plain_lora,labels
-      one model in memory instead of two; rivals are trained too
+      one model in memory instead of two; other repairs are trained too
 """
 KEYS = (
     ModelOptions,

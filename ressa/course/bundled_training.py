@@ -248,7 +248,7 @@ def _vision_and_rest(model):
 def train_answers(
     model: nn.Module,  # the whole model, trained in place
     processor: InstructBlipProcessor,  # its processor
-    folder: str | Path,  # of checkpoints; training goes on from the last one
+    folder: str | Path,  # of checkpoints; the training resumes from the last one
     *,
     steps: int = 5000,  # how many batches
     batch_size: int = 96,  # examples in a batch

@@ -6,7 +6,7 @@ from ressa.adaptation.loss_terms import require_positions
 from ressa.course.real_study import (
     METHODS_COMPARED,
     REPAIRED,
-    ROWS,
+    REPAIRS,
     TARGETS,
     WRITERS,
     real_run,
@@ -24,17 +24,19 @@ def test_every_setting_is_there_once():
     pruned = [sparsity for sparsity in pruned if set(sparsity) == {"language"}]
     assert len(pruned) == len(METHODS_COMPARED) * len(TARGETS)
     repairs = [s for s in settings if s["kind"] == "repair"]
-    assert len(repairs) == len(REPAIRED) * sum(len(row.rates) for row in ROWS.values())
+    assert len(repairs) == len(REPAIRED) * sum(
+        len(one.rates) for one in REPAIRS.values()
+    )
 
 
 def test_methods_and_positions_exist():
     for method in METHODS_COMPARED:
         method_of(method)
-    for row in ROWS.values():
-        require_positions(row.options.get("positions", "all"))
+    for repair in REPAIRS.values():
+        require_positions(repair.options.get("positions", "all"))
     for writer in WRITERS:
         assert writer["method"] == "dense" or method_of(writer["method"])
-        assert writer["row"] is None or writer["row"] in ROWS
+        assert writer["row"] is None or writer["row"] in REPAIRS
 
 
 def test_equal_sums():

@@ -122,7 +122,7 @@ JSON_LIMIT = 10**8  # bytes: far above every file that this library writes
 
 def write_text(
     path: str | Path,  # the file; its folder must exist
-    text: str,  # what it will hold, in UTF-8
+    text: str,  # the new content, in UTF-8
 ) -> None:
     """Write a text file completely or not at all.
 
@@ -188,7 +188,7 @@ def _leads_elsewhere(path, folder):
 
 
 def require_files(
-    folder: str | Path,  # that somebody else may have made
+    folder: str | Path,  # which may come from another source
     *,
     links_out: bool = True,  # links that lead out of the folder are allowed
 ) -> None:

@@ -98,7 +98,7 @@ def _is_chosen(config, name):
     if config.target_modules not in (None, "all-linear"):
         return bool(check_target_module_exists(config, name))
     if config.layers_to_transform is not None and "." not in name:
-        return False  # it lies outside of all blocks
+        return False  # it is outside all blocks
     of_all = copy.copy(config)
     of_all.target_modules = [name.rpartition(".")[2]]
     return bool(check_target_module_exists(of_all, name))

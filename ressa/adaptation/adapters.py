@@ -72,7 +72,7 @@ def remask(
     model: nn.Module,  # a merged model; changed in place
     masks: Mapping[str, torch.Tensor],  # layer name → (out, in) bool, True = kept
 ) -> nn.Module:
-    "Put the zeros back; what was learned there is lost."
+    "Set the pruned weights to zero again; updates of these weights are lost."
     for name, mask in masks.items():
         stored = StoredWeight(model.get_submodule(name))
         weight = stored.read()
@@ -167,7 +167,7 @@ def adapt(
     model: nn.Module,  # a pruned model; changed in place
     adapter: str = "sparselora",  # a key of `ADAPTERS`
     r=DEFAULT_RANKS,  # rank, or a mapping from part, layer or expression to rank
-    lora_alpha=16,  # alpha, likewise
+    lora_alpha=16,  # alpha, or a mapping as for `r`
 ) -> nn.Module:  # the model as it is trained: a `PeftModel`, or `model` itself
     """Make a pruned model trainable in one of five ways.
 

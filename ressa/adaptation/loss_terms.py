@@ -86,7 +86,7 @@ class Targets(NamedTuple):
 
 # %% ../../nbs/reference/loss_terms.ipynb #d38561a5
 def _wide(logits):
-    "In float32, or in what is wider."
+    "In float32, or in the tensor's own format if it is wider."
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

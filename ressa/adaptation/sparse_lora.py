@@ -122,7 +122,7 @@ class SparseLoraConfig(LoraConfig):
 def peft_targets(
     model: nn.Module,  # the model that gets adapters
     r,  # rank, or a mapping from part, layer or expression to rank
-    lora_alpha=16,  # alpha, likewise
+    lora_alpha=16,  # alpha, or a mapping as for `r`
 ) -> dict:  # fields of `LoraConfig`, by name
     """Ranks and alphas by part in PEFT's terms: the highest, and exceptions by layer.
 
@@ -188,7 +188,7 @@ def _choose_by_part(model, config):
     config.r = targets["r"]
     config.lora_alpha = targets["lora_alpha"]
     config.target_modules = set(names)
-    # PEFT takes the first key that matches: what was given by name goes first.
+    # PEFT uses the first key that matches, so keys that the user gave go first.
     chosen = {f"^{name}" for name in names}
     for option in ("rank_pattern", "alpha_pattern"):
         given = getattr(config, option) or {}

@@ -364,7 +364,7 @@ def _as_teacher(teacher, model, device):
             f"ressa.adaptation.teachers, not {teacher!r}"
         )
     if isinstance(teacher, nn.Module):
-        if not is_placed(teacher):  # the hooks of accelerate bring what is offloaded
+        if not is_placed(teacher):  # else accelerate's hooks load offloaded weights
             require_in_memory(teacher, "teaching")
         # What accelerate has spread over devices stays there: its hooks move inputs.
         return ModelTeacher(teacher if is_placed(teacher) else teacher.to(device))
@@ -444,7 +444,7 @@ class RessaTrainer(_WithRessaLoss):
 
     def __init__(
         self,
-        model: nn.Module,  # the student, with what is trained of it
+        model: nn.Module,  # the student, with the adapter or weights to train
         args: RessaArguments,
         teacher=None,  # a dense model, or a teacher of `ressa.adaptation.teachers`
         processor=None,  # encodes the examples; None: pass a `data_collator`

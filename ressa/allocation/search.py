@@ -78,7 +78,7 @@ class _LanguageReached(Exception):
 
 def language_with_head(
     model: nn.Module,  # any vision-language model
-) -> nn.Module | None:  # None where the output head lies outside of the language model
+) -> nn.Module | None:  # None if the output head is outside the language model
     "The language model, if it can compute logits by itself."
     roots = modality_map(model).roots
     path = next(root for root, part in roots.items() if part == "language")

@@ -387,8 +387,8 @@ def packed_tensors(
 ) -> dict[str, StoredTensor]:
     """The tensors of a packed folder by name; each is checked when it is read.
 
-    Raises `ValueError` if the folder is not packed, its table is damaged, or it holds
-    what is no regular file.
+    Raises `ValueError` if the folder is not packed, if its table is damaged, or if it
+    holds something that is not a regular file.
     """
     folder = Path(folder)
     require_files(folder)

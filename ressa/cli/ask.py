@@ -49,7 +49,7 @@ def _as_data(processor, pictures, question):
     if not pictures:
         raise ValueError("picture: name a file with a picture before the question")
     image = pictures[0] if len(pictures) == 1 else pictures
-    # every example has a right answer; here nobody reads it
+    # every example needs a right answer, but here it is not used
     asked = {"image": image, "question": question, "answer": "unknown"}
     return standard_examples(Dataset.from_list([asked]), processor, task="vqa")
 

@@ -144,7 +144,7 @@ class _Reader:
         self.with_unknown: set[int] = set()  # read examples with unknown words
 
     def _has_unknown(self, batch):
-        "Whether an example holds a token that stands for an unknown word."
+        "Whether an example has the token for unknown words."
         unknown = self.tokenizer.unk_token_id
         # GPT-2's tokenizer knows every word, and its unknown token is its end token
         others = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
@@ -220,7 +220,7 @@ def _print_lengths(data, lengths, limit):
     print(_line("prompt and answer", lengths.whole))
     print(_line("learned", lengths.learned))
     if limit is None:
-        print("The model has no longest input.")
+        print("The model does not limit the length of its input.")
         return
     too_long = sum(whole > limit for whole in lengths.whole)
     print(

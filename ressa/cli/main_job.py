@@ -179,7 +179,7 @@ def _say(text):
 
 
 class RunPlan(NamedTuple):
-    "What is known before a weight is loaded."
+    "Everything about a run that is known before the weights are loaded."
 
     args: argparse.Namespace
     device: torch.device
@@ -211,7 +211,7 @@ class RunPlan(NamedTuple):
         return model
 
     def measure(self, model: nn.Module, name: str) -> dict:
-        "Measure a model on the tests; `name` stands before the progress."
+        "Measure a model on the tests; `name` is shown with the progress."
         return measure(
             model,
             self.tests,
@@ -458,7 +458,7 @@ def pruned(
     calibration: dict,  # from `draw_calibration`
     *,
     remember: bool = False,  # keep what is removed, for a self-teacher
-    name: str = "pruned",  # stands before the progress
+    name: str = "pruned",  # is shown with the progress
 ):  # → (report, the self-teacher or None)
     "Prune a model as the options say; each call gives the same weights."
     method = method_of(args.method)
@@ -666,7 +666,7 @@ def main_job(
     return results
 
 
-_LARGE_MODEL = 10**8  # weights: below, memory is no concern, and speed is
+_LARGE_MODEL = 10**8  # weights; smaller models need speed more than memory
 
 
 def _new_results(args, out):

@@ -17,7 +17,7 @@ from ..parts import ModalityMap, linear_shape, output_head
 
 # %% ../../nbs/reference/command_memory.ipynb #60a125d3
 class Load(NamedTuple):
-    "What a run asks of a model."
+    "The load of a run: its examples, tokens, ranks and teacher."
 
     dtype_bytes: int  # of a weight: 4 in float32, 2 in bfloat16
     text_tokens: int  # of an example, places of the picture included

@@ -396,18 +396,28 @@ def _require_pattern(value):
         )
 
 
+def _hint_for_sparsity(value):
+    "What a sparsity that is too large may have meant; empty if there is no telling."
+    if value in (1, 100):
+        return ": all weights of the part would be zero"
+    if 1 < value < 100:
+        return f": {value:g} % is {value / 100:g}"
+    return ""
+
+
+def _flag(name):
+    "The flag of a key, as a message names it."
+    return f"--{name.replace('_', '-')}"
+
+
 def _validate_value(name, value):
     "Raise `ValueError` for a value that makes no sense; the message names its flag."
-    flag = f"--{name.replace('_', '-')}"
+    flag = _flag(name)
     if name in _AT_LEAST_ONE and value < 1:
         raise ValueError(f"{flag} must be 1 or more, not {value}")
     if name in _TARGETS and not 0 <= value < 1:
-        reason = ""
-        if 1 < value < 100:
-            reason = f": {value:g} % is {value / 100:g}"
-        if value in (1, 100):
-            reason = ": all weights of the part would be zero"
-        raise ValueError(f"{flag} must be in [0, 1), not {value:g}{reason}")
+        hint = _hint_for_sparsity(value)
+        raise ValueError(f"{flag} must be in [0, 1), not {value:g}{hint}")
     if name == "seed" and not 0 <= value <= _LARGEST_SEED:
         raise ValueError(f"{flag} must be in 0 … {_LARGEST_SEED}, not {value}")
     if value == "":
@@ -432,9 +442,9 @@ def _validate_model(given):
     if given.get("model") == "bundled":
         for name in ("revision", "device_map"):
             if name in given:
-                flag = name.replace("_", "-")
                 raise ValueError(
-                    f"--{flag} is for other models than the bundled one: leave it out"
+                    f"{_flag(name)} is for other models than the bundled one: leave it "
+                    "out"
                 )
 
 # %% ../../nbs/reference/command_options.ipynb #0d8096a2
@@ -450,16 +460,14 @@ def _validate_data(given):
         return
     for name in ("config", "columns", "image_folder", "turns", "choices"):
         if name in given:
-            flag = name.replace("_", "-")
             raise ValueError(
-                f"--{flag} is for other data sets than easy-vqa: leave it out"
+                f"{_flag(name)} is for other data sets than easy-vqa: leave it out"
             )
     for name, split in (("split", "test"), ("train_split", "train")):
         value = given.get(name, split)
         if value.partition("[")[0] != split:
-            flag = name.replace("_", "-")
             raise ValueError(
-                f"--{flag} of easy-vqa must be {split} or a part of it, such as "
+                f"{_flag(name)} of easy-vqa must be {split} or a part of it, such as "
                 f"{split}[:500], not {value!r}"
             )
 
@@ -482,7 +490,7 @@ def validate_training(
 ) -> None:
     "Raise `ValueError` for a value that no training can have; it names its flag."
     for name, value in training.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = _flag(name)
         if name == "max_steps" and value == -1 and "num_train_epochs" in training:
             continue  # as transformers says it: the epochs decide
         if name in _ABOVE_ZERO and value is not None and not 0 < value < math.inf:

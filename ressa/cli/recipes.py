@@ -129,8 +129,8 @@ def _guessed(value):
 
 # %% ../../nbs/reference/command_recipes.ipynb #ad0fe515
 class _Loader(yaml.BaseLoader):
-    """Reads every value as text. Refuses a key that comes twice, and names for parts
-    of the file: a few lines of them can stand for more than fits into memory."""
+    """Reads every value as text. Refuses a key that comes twice, and YAML's aliases,
+    because a few lines with aliases can describe more than fits into memory."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -316,7 +316,7 @@ def read_options(
 
 # %% ../../nbs/reference/command_recipes.ipynb #01dea4d7
 def _as_text(value):
-    "A value as it stands in a recipe."
+    "A value as it is written in a recipe."
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):

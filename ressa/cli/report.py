@@ -295,7 +295,7 @@ def _draw_indices(fates, data, seed):
 
 # %% ../../nbs/reference/report.ipynb #fd64d7da
 def _description(row):
-    "An alternative text: what is known of the pictures of an example."
+    "An alternative text for the pictures of an example."
     right = row["answer"]
     if row.get("question_type") == "caption":
         return f"A picture. A right caption of it is: {right}"
@@ -469,7 +469,7 @@ def html_report(
     results: dict,  # a whole run
     done: dict,  # "dense", "pruned", "repaired" → {"answers": […], "captions": […]}
     questions,  # a data set, one example for each of the answers
-    captions,  # likewise for captions; empty if there are none
+    captions,  # a data set with an example for each caption; may be empty
     *,
     seed: int = 0,  # of the examples that are drawn
 ) -> str:  # a page of HTML

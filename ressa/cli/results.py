@@ -73,7 +73,7 @@ class MetricText(NamedTuple):
 
     name: str
     meaning: str
-    highest: float  # of the scale that is shown; 100 stands for per cent
+    highest: float  # of the scale that is shown; 100 means per cent
     unit: str  # of a difference of two scores
 
 
@@ -181,7 +181,7 @@ def measure(
     processor,  # the processor of the model
     *,
     batch_size: int = 256,  # examples that are answered at once
-    progress: bool | str = True,  # show a bar; a text: the name that stands before it
+    progress: bool | str = True,  # show a bar; a text: show it with this name
 ) -> dict:  # plain values
     """How good a model is, by type of question, and its answers.
 

@@ -18,7 +18,7 @@ from .pictures import as_rgb
 from .prompts import reserved_tokens, tokenizer_of
 
 # %% ../../nbs/reference/encoding.ipynb #e974e69d
-# Options of a call; they overrule what a processor or its tokenizer stores.
+# Options of a call, which replace those that a processor or its tokenizer stores.
 ENCODING = {
     "padding": True,
     "padding_side": "left",

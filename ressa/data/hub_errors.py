@@ -56,7 +56,7 @@ ADVICE = (  # the first that fits is taken
 )
 
 # %% ../../nbs/reference/hub_errors.ipynb #b017eec1
-# what loaders raise where a file does not hold what they expect
+# exceptions of loaders for a file with unexpected content
 OF_DAMAGED_FILES = (
     AttributeError,
     IndexError,
@@ -103,7 +103,7 @@ def advice(
     if what_to_do is None:
         return first_line
     if what_to_do == NAME_THE_CONFIG:
-        # the names of the parts stand in brackets, often on a later line
+        # the names of the configurations are in brackets, often on a later line
         names = re.search(r"\[.*?\]", message, re.DOTALL)
         if names is not None and names.group() not in first_line:
             first_line += f" {' '.join(names.group().split())}"

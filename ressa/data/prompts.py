@@ -71,7 +71,7 @@ def reserved_tokens(
 
 # %% ../../nbs/reference/prompts.ipynb #e2830660
 def _refuse_reserved(question, processor):
-    "Raises `ValueError` if a question is no text, or contains a reserved token."
+    "Raises `ValueError` if a question is not text, or contains a reserved token."
     if not isinstance(question, str):
         raise ValueError(f"a question must be text, not {question!r}")
     for token in reserved_tokens(processor):
@@ -105,7 +105,7 @@ def render_turns(
         return processor.apply_chat_template(
             list(turns), add_generation_prompt=generation, tokenize=False
         )
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template can raise any exception
         raise ValueError(
             f"the chat template of {type(processor).__name__} cannot write a question "
             f"and its answer: {error}"

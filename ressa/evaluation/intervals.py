@@ -151,7 +151,7 @@ def won_back(
 # %% ../../nbs/reference/intervals.ipynb #e2d1e67f
 def won_back_interval(
     repaired: np.ndarray,  # (seeds, questions): 1 where the repaired model is right
-    start: np.ndarray | float,  # likewise before repair, or one accuracy to count from
+    start: np.ndarray | float,  # the same before repair, or an accuracy to count from
     dense: np.ndarray,  # (questions,): 1 where the dense model is right
 ) -> tuple[float, float]:  # the lower and the upper end
     """95 % interval of the share that `won_back` computes, paired over all models.

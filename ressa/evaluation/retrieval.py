@@ -25,8 +25,8 @@ def recall_at(
 ) -> dict[str, dict[int, float]]:  # "image→text" and "text→image": k → share found
     """Recall at k in both directions; equal similarities count against the model.
 
-    Raises `ValueError` if similarity is no finite matrix, if image_of does not name one
-    of its images for each text, or if some image has no text.
+    Raises `ValueError` if similarity is not a finite matrix, if image_of does not name
+    one of its images for each text, or if an image has no text.
     """
     if similarity.dim() != 2 or not similarity.isfinite().all():
         raise ValueError("similarity must be finite numbers of shape (images, texts)")

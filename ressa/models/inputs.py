@@ -173,7 +173,7 @@ def picture_tokens(
 
 def is_text(
     batch: Mapping[str, Any],  # as `collate` builds it
-    pictures: Sequence[int] = (),  # tokens that are no text, see `picture_tokens`
+    pictures: Sequence[int] = (),  # tokens of pictures, see `picture_tokens`
     *,
     causal: bool = True,  # False for encoder-decoders, see `is_causal`
 ) -> torch.Tensor:  # (examples, tokens) bool, as the model's logits

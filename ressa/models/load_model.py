@@ -166,7 +166,7 @@ def _load_named(name, dtype, **options):
     "Load a folder of any kind, or a model of the hub."
     folder = Path(name)
     if folder.is_dir():
-        require_files(folder)  # a pipe or a device would be read for ever
+        require_files(folder)  # reading a pipe or a device would never end
     for file, opener in OPENERS.items():
         if (folder / file).is_file():
             if options:

@@ -278,7 +278,7 @@ def merge_trained(
     weights: dict[str, torch.Tensor],  # from `plain_weights`, changed in place
     trained: dict[str, torch.Tensor],  # name → tensor, as the file stores it
 ) -> dict[str, torch.Tensor]:  # `weights`
-    """Add what was trained to the weights, in 32 bits.
+    """Add the trained weights to the plain ones, in 32 bits.
 
     A low-rank change is stored as `<layer>.lora_A` (rank, in) and `<layer>.lora_B`
     (out, rank); their product is added to the weight of the layer. All other tensors

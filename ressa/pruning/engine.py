@@ -373,7 +373,7 @@ def _evaluation_mode(model):
 
 # %% ../../nbs/reference/engine.ipynb #a8a5656d
 def _require_examples(batch):
-    "Raise `ValueError` for what is no batch, and for a batch without examples."
+    "Raise `ValueError` unless the argument is a batch with at least one example."
     if not isinstance(batch, Mapping):
         raise ValueError(
             "batch must have a name for each tensor, as calibration_batch makes it; "
@@ -496,7 +496,7 @@ class _Pruner:
         dense = [weight.read().to(device) for weight in stored]
         options = self.options if group is None else self.options | {"group": group}
         pruned = prune_weights(dense, stats, target, self.inputs.method, **options)
-        # The errors come first: `dense` may be the very tensors that are overwritten.
+        # The errors come first, because the tensors in `dense` may be overwritten.
         errors = [estimated_error(old, new, stats) for old, new in zip(dense, pruned)]
         for name, weight, new in zip(names, stored, pruned):
             old = weight.read().to("cpu", copy=True) if self.keeps_dense else None
@@ -560,7 +560,7 @@ def _prune_together(pruner, groups, forward, pieces):
 
 def _prune_in_pieces(pruner, groups, block_of, micro_batch, recompute):
     "One pass over the model in which each block takes a few examples at a time."
-    outside = []  # groups that lie in no block
+    outside = []  # groups outside all blocks
     inside = defaultdict(list)  # block → its groups
     for group in groups:
         block = block_of[group[0]]

@@ -52,8 +52,8 @@ def select(
     With an N:M pattern, N of every M consecutive weights of a row are kept.
     Of equal scores the leftmost are pruned, on every device.
 
-    Raises `ValueError` if the target is impossible, or the score is no matrix, or holds
-    NaN or infinity.
+    Raises `ValueError` if the target is impossible, or the score is not a matrix, or
+    holds NaN or infinity.
     """
     require_scores(score)
     validate_target(sparsity, pattern, score.shape[1])

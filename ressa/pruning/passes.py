@@ -124,7 +124,7 @@ def shared_inputs(
     batch: dict,  # one example will do
     layers: Mapping[str, nn.Module],  # name → module
 ) -> list[list[str]]:  # groups of names, in the order of the pass
-    "Which layers read the very same tensor."
+    "The groups of layers that read the same tensor object."
     group_of_tensor = WeakTensorKeyDictionary()
     groups: list[list[str]] = []
 

@@ -108,7 +108,7 @@ class _Offloaded:
         return self.weights_map[self.key]
 
     def write_file(self, new, dtype):
-        # accelerate casts what it fetches to the placeholder's dtype
+        # accelerate casts a fetched weight to the placeholder's dtype
         new = new.to("cpu", dtype).contiguous()
         offload_weight(new, self.full_name, self.loader.save_folder, self.loader.index)
 
@@ -156,7 +156,7 @@ class StoredWeight:
             )
 
     def read(self) -> torch.Tensor:  # (out, in)
-        "The weight. From disk it is read anew; else it is the stored tensor itself."
+        "The weight: read again from disk, or the stored tensor itself."
         stored = self.offloaded.read() if self.in_layer.is_meta else self.in_layer
         return stored.t() if self.is_transposed else stored
 

@@ -57,7 +57,7 @@ def inverse_factor(
     H = stats.hessian.to(dtype)
     if stats.n == 0:
         raise ValueError("stats has seen no token: gather it on calibration inputs")
-    diagonal = H.diagonal()  # a view: what is added to it is added to H
+    diagonal = H.diagonal()  # a view: adding to it changes H
     dead = diagonal == 0  # inputs that were always zero
     mean_diagonal = diagonal.sum() / (~dead).sum().clamp_min(1)
     if not mean_diagonal.isfinite():

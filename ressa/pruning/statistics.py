@@ -119,7 +119,7 @@ def _of_examples(
 def _variance_within(stats: "Statistics") -> torch.Tensor:
     """(in,) variance of each input inside an example, as a mean over all tokens.
 
-    Where examples were not told apart, all tokens are one example. Raises
+    If the examples are not known, all tokens count as one example. Raises
     `ValueError` if mean and variance were not gathered.
     """
     if stats.within is None:
@@ -139,10 +139,10 @@ class Statistics:
     mean: torch.Tensor | None = None  # (in,)
     spread: torch.Tensor | None = None  # (in,) sum of squared distances from the mean
     gram: torch.Tensor | None = None  # (in, in) XᵀX
-    examples: int = 1  # 1 also where examples were not told apart
+    examples: int = 1  # also 1 if the examples are not known
     within: torch.Tensor | None = None  # (in,) as spread, from the example's own mean
 
-    # What the methods read of these sums, see the functions above
+    # The values that methods compute from these sums, see the functions above
     norm = property(_norm)  # (in,) ‖X_j‖₂ of each input
     var = property(_variance)  # (in,) of each input over all tokens
     var_within = property(_variance_within)  # (in,) of each input inside an example

@@ -20,7 +20,6 @@ import torch
 from datasets import Dataset, Image, List
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from .resume import require_same_run, settings_of, train_or_resume
 from torch import nn
 from transformers import EarlyStoppingCallback, set_seed
 
@@ -33,6 +32,7 @@ from ressa.adaptation.adapters import (
     zeros_filled,
 )
 from .kept_masks import KeepsMask
+from .resume import require_same_run, settings_of, train_or_resume
 from .sparse_lora import DEFAULT_RANKS
 from ressa.adaptation.trainer import (
     PRESETS,
@@ -116,6 +116,10 @@ def _check_held_out(held_out):
         raise ValueError(
             f"held_out must be a data set of examples, not {type(held_out).__name__}"
         )
+    if not hasattr(held_out, "__len__"):
+        raise ValueError("held_out is a stream: pass a data set that is in memory")
+    if not len(held_out):
+        raise ValueError("held_out is empty: pass at least one example, or None")
     missing = [name for name in ("prompt", "question_type") if name not in columns]
     if "answer" not in columns and "answers" not in columns:
         missing.append("answer (or answers)")
@@ -142,8 +146,6 @@ def _check_request(chosen, held_out, patience):
             "repair trains, but gradients are switched off: call it outside of "
             "torch.no_grad() and torch.inference_mode()"
         )
-    if held_out is not None and not len(held_out):
-        raise ValueError("held_out is empty: pass at least one example, or None")
     if held_out is not None:
         _check_held_out(held_out)
     if patience is not None and patience < 1:
@@ -351,9 +353,21 @@ class _Undo:
         weights = [layer.get_base_layer().weight for layer in layers]
         if keep is None:
             keep = copies_fit(weights)
-        for weight in weights if keep else []:
-            self.values.setdefault(weight, weight.detach().clone())
+        if keep:
+            for weight in weights:
+                self.values.setdefault(weight, weight.detach().clone())
         self.is_complete = keep or not weights
+
+
+def _take_adapters_off(model):
+    "Put each base layer back in the place of its adapter, without merging it."
+    unmask_gradients(model)
+    for path, module in list(model.named_modules()):  # a copy: the tree changes
+        if isinstance(module, BaseTunerLayer):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 @contextlib.contextmanager
@@ -369,14 +383,8 @@ def _unchanged_on_failure(model, device):
     undo = _Undo()
     try:
         yield undo
-    except BaseException as error:
-        unmask_gradients(model)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, module.get_base_layer())
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+    except BaseException as error:  # Ctrl-C too
+        _take_adapters_off(model)
         for module, training in modes:
             module.training = training
         with torch.no_grad():
@@ -440,13 +448,13 @@ def repair(
     processor,  # the processor of the model and of its teacher
     *,
     teacher=None,  # the dense model, or a teacher of `ressa.adaptation.teachers`
-    folder: str | Path | None = None,  # of checkpoints: a stopped repair goes on there
+    folder: str | Path | None = None,  # of checkpoints, to resume a stopped repair
     steps: int | None = None,  # of the optimizer; None: 200, or what the preset says
     batch_size: int | None = None,  # examples a step, on each device; None: 64
     learning_rate: float | None = None,  # None: 2e-3, which suits small models
     adapter: str = "sparselora",  # a key of `ADAPTERS`
     r=None,  # rank, or a mapping from part, layer or expression; None: `DEFAULT_RANKS`
-    lora_alpha=None,  # alpha, likewise; None: 16
+    lora_alpha=None,  # alpha, or a mapping as for `r`; None: 16
     seed: int = 0,  # of the adapters and of the order of the examples
     held_out=None,  # examples to score before and after, with question_type
     patience: int | None = None,  # stop after this many tenths of `steps` without gain

@@ -8,13 +8,14 @@ __all__ = ['weights_hash', 'settings_of', 'require_same_run', 'train_or_resume']
 # %% ../../nbs/reference/resume.ipynb #6ac8c951
 import hashlib
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import TrainerState
 
-from .teachers import examples_hash
+from .teachers import examples_hash, image_bytes
 from .trainer import RessaArguments, RessaTrainer
 from ..files import last_whole_checkpoint, read_json, write_json
 
@@ -33,6 +34,23 @@ def weights_hash(
     return found.hexdigest()[:12]
 
 
+# Examples of other columns are named by about this many of them.
+_SAMPLED = 64
+
+
+def _example_bytes(example):
+    "The content of an example; two pictures of the same pixels are the same."
+    if not isinstance(example, Mapping):
+        return repr(example).encode()
+    pictures = ("image", "images")
+    parts = []
+    for name in sorted(example, key=str):
+        value = example[name]
+        parts.append(str(name).encode())
+        parts.append(image_bytes(value) if name in pictures else repr(value).encode())
+    return b" ".join(parts)
+
+
 def _data_hash(data):
     "Name examples by what they hold; a stream only by its type."
     if data is None or not hasattr(data, "__len__"):
@@ -40,8 +58,10 @@ def _data_hash(data):
     columns = getattr(data, "column_names", ())
     if "prompt" in columns and "answer" in columns:
         return examples_hash(data)
-    sample = [data[i] for i in range(0, len(data), max(1, len(data) // 64))]
-    return f"{len(data)} rows {hashlib.sha1(repr(sample).encode()).hexdigest()[:12]}"
+    found = hashlib.sha1()
+    for i in range(0, len(data), max(1, len(data) // _SAMPLED)):
+        found.update(_example_bytes(data[i]))
+    return f"{len(data)} rows {found.hexdigest()[:12]}"
 
 
 def _teacher_hash(teacher):
@@ -139,7 +159,8 @@ def train_or_resume(
         trainer.train()
         return
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    if state.global_step < trainer.args.max_steps and not _stopped_early(state):
+    # of the state, because a training may be given in epochs
+    if state.global_step < state.max_steps and not _stopped_early(state):
         trainer.train(resume_from_checkpoint=checkpoint)
         return
     # The trainer would make one more step of a run that has ended: load its result.

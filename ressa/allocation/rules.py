@@ -109,7 +109,7 @@ def outlier_share(
             f"give at least one weight, and the stats of each, not {len(weights)} "
             f"weights and {len(stats)} stats"
         )
-    device = stats[0].norm.device  # a group of layers may lie on several cards
+    device = stats[0].norm.device  # a group of layers may be on several GPUs
     scores = torch.cat(
         [
             (weight.to(device).abs() * s.norm.to(device)).flatten()
@@ -319,11 +319,11 @@ def _ways_to_cut(model, batch, spans):
         yield by_tokens
     n = number_of_examples(batch)
     by_axis = [take_examples(dict(batch), n, start, end) for start, end in spans]
-    for piece in by_axis:
-        has_places = "input_ids" in piece and (piece["input_ids"] == token).any()
-        if token is not None and not has_places:  # its pictures are padding
-            for name in [name for name in piece if name.startswith(OF_PICTURES)]:
-                del piece[name]
+    for piece in by_axis if token is not None else []:
+        if "input_ids" in piece and (piece["input_ids"] == token).any():
+            continue
+        for name in [name for name in piece if name.startswith(OF_PICTURES)]:
+            del piece[name]  # without a place for them, its pictures are padding
     yield by_axis
 
 # %% ../../nbs/reference/rules.ipynb #7cece830

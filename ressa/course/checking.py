@@ -21,7 +21,7 @@ def _same_arrays(got, wanted, tolerance):
     if got.shape != wanted.shape:
         return False
     if (got.dtype == torch.bool) != (wanted.dtype == torch.bool):
-        return False  # a mask is no array of numbers
+        return False  # a boolean mask is not equal to numbers
     return torch.allclose(got.double(), wanted.double(), tolerance, tolerance)
 
 
@@ -36,7 +36,7 @@ def _close(got, wanted, tolerance):
 
 def same(
     got,  # a tensor, an array, a number, a text, or a list, tuple or dict of these
-    wanted,  # likewise
+    wanted,  # of the same types as `got`
     tolerance: float = 1e-5,  # for floats: absolute, and relative to `wanted`
 ) -> bool:
     "Whether two answers are equal, floats up to a tolerance; shapes must agree."

@@ -85,7 +85,7 @@ def explorer(
     draw: Callable,  # draw(**state) → a matplotlib figure
     /,
     start: dict | None = None,  # name → where its control begins, as in `control`
-    alt: str = "",  # what the picture shows, as alternative text; the state is added
+    alt: str = "",  # alternative text that describes the picture; the state is added
     **choices,  # name → (low, high), (low, high, step), a list, or a bool
 ) -> widgets.VBox:  # the controls in the order given, then the picture
     """Controls over the picture of their state; an error in `draw` takes its place.

@@ -183,6 +183,14 @@ def _refuse_earlier(examples, kind, causal):
             )
 
 # %% ../../nbs/reference/collate.ipynb #69116b09
+def _padded_right(batch, pad_token):
+    "A batch with its padding moved to the right, as in training."
+    nothing = [torch.tensor([], dtype=torch.long)] * len(batch["attention_mask"])
+    moved = _append_answers(batch, nothing, pad_token, token_type=0)
+    del moved["labels"]
+    return moved
+
+
 def collate(
     examples: Sequence[Mapping[str, Any]],  # each with image, prompt and answer
     processor: ProcessorMixin | PreTrainedTokenizerBase,  # the processor of the model
@@ -195,39 +203,35 @@ def collate(
     An `image` may be one image, a list of images, or None. With the tokenizer of a
     language model instead of a processor, examples have no image. Labels are −100
     everywhere except on the answers and the tokens that end them; `earlier_answers` of
-    a conversation are answers too. Raises `ValueError`
-    if there are no examples, for examples that do not fit the processor, and for a
-    tokenizer without an end token.
+    a conversation are answers too. Raises `ValueError` if there are no examples, for
+    examples that do not fit the processor, and for a tokenizer without an end token.
     """
     examples = list(examples)
     batch = _qformer_padded_right(encode(examples, processor, answers=answers))
     tokenizer = tokenizer_of(processor)
+    padding = tokenizer.pad_token_id or 0
     kind = type(processor).__name__
-    taken_off_later = not answers and kind in GENERATE_TAKES_END_OFF
-    if causal and not taken_off_later:
-        batch = _without_end(batch, tokenizer)
-    if causal and not answers:
-        return batch
-
+    texts = []
     if answers:
         _refuse_earlier(examples, kind, causal)
-    padding = tokenizer.pad_token_id or 0
-    texts = [example["answer"] for example in examples] if answers else []
-    if causal:
-        prompts = _prompts_as_read(examples, batch, tokenizer)
-        ids = [torch.tensor(ids) for ids in answer_ids(texts, prompts, processor)]
-        token_type = ANSWER_TOKEN_TYPE.get(kind, 0)
-        batch = _append_answers(batch, ids, padding, token_type)
-        return _label_earlier(batch, examples, tokenizer)
+        texts = [example["answer"] for example in examples]
 
-    # Nothing is appended: this only moves the padding to the right, as in training.
-    nothing = [torch.tensor([], dtype=torch.long)] * len(examples)
-    batch = _append_answers(batch, nothing, padding, 0)
-    del batch["labels"]
-    if answers:
-        labels = [torch.tensor(ids) for ids in decoder_ids(texts, processor)]
-        batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-    return batch
+    if not causal:
+        batch = _padded_right(batch, padding)
+        if answers:
+            ids = [torch.tensor(ids) for ids in decoder_ids(texts, processor)]
+            batch["labels"] = pad_sequence(ids, batch_first=True, padding_value=IGNORED)
+        return batch
+
+    if answers or kind not in GENERATE_TAKES_END_OFF:
+        batch = _without_end(batch, tokenizer)
+    if not answers:
+        return batch
+    prompts = _prompts_as_read(examples, batch, tokenizer)
+    ids = [torch.tensor(ids) for ids in answer_ids(texts, prompts, processor)]
+    token_type = ANSWER_TOKEN_TYPE.get(kind, 0)
+    batch = _append_answers(batch, ids, padding, token_type)
+    return _label_earlier(batch, examples, tokenizer)
 
 # %% ../../nbs/reference/collate.ipynb #9c4030f2
 def draw_examples(

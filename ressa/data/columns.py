@@ -28,7 +28,14 @@ from datasets.utils.file_utils import is_local_path
 from PIL import ImageOps
 from transformers import ProcessorMixin
 
-from .choices import LETTER_ANSWER, LETTERS, chosen, options_of, with_options
+from ressa.data.choices import (
+    LETTER_ANSWER,
+    LETTERS,
+    chosen,
+    options_of,
+    require_choices,
+    with_options,
+)
 from .pictures import as_rgb, converts_exactly
 from .prompts import SHORT_ANSWER, write_prompt
 
@@ -119,26 +126,22 @@ def as_texts(
 ) -> list[str]:
     """Return the texts of a cell; None and NaN are none.
 
-    Raises `ValueError` for a dictionary without text, and for what is no text, such as
-    a number with a fraction or a date.
+    Raises `ValueError` for a dictionary without text, and for values that are not text,
+    such as a number with a fraction or a date.
     """
     if _is_missing(value):
         return []
     if isinstance(value, dict):
         for key in TEXT_KEYS:
             if key in value:
-                inner = _inner(feature, key)
-                # `datasets` turns a list of dictionaries into a dictionary of lists
-                return as_texts(value[key], inner or _inner(_inner(feature), key))
+                return as_texts(value[key], _inner(feature, key))
         raise ValueError(
             f"a dictionary must have its text under one of {TEXT_KEYS}, and this one "
             f"has the keys {sorted(value)}"
         )
     if isinstance(value, list | tuple):
-        texts = []
-        for item in value:
-            texts.extend(as_texts(item, _inner(feature)))
-        return texts
+        inner = _inner(feature)
+        return [text for item in value for text in as_texts(item, inner)]
     if isinstance(value, str):
         return [value]
     if isinstance(value, int) and not isinstance(value, bool):
@@ -300,7 +303,7 @@ def _undecoded(images, column):
 
 # %% ../../nbs/reference/columns.ipynb #b1fcdac7
 def _picture(cell):
-    "An image as its file holds it; None if the file lies on the hub."
+    "An undecoded image from its file; None if the file is on the hub."
     if cell["bytes"] is not None:
         return PIL.Image.open(io.BytesIO(cell["bytes"]))
     if is_local_path(cell["path"]):
@@ -331,7 +334,7 @@ def _all_repainted(undecoded, column, optional):
             raise ValueError(f"column {column!r} holds no images: row {row} is empty")
         try:
             repainted = [_repainted(picture) for picture in pictures]
-        except Exception as error:  # a broken file raises what it likes
+        except Exception as error:  # a broken file can raise any exception
             raise ValueError(
                 f"row {row}: its image cannot be read: {error}. Repair or remove it."
             ) from error
@@ -416,8 +419,6 @@ def _question_texts(data, found, processor):
 # %% ../../nbs/reference/columns.ipynb #5d3ca2cc
 def _choice_texts(data, found, processor, choices):
     "All columns of examples with multiple choice but the image."
-    if choices not in ("letters", "texts"):
-        raise ValueError(f"choices must be 'letters' or 'texts', not {choices!r}")
     options = options_of(data[found["choices"]][:])
     answers = data[found["answers"]][:]
     if isinstance(data.features[found["answers"]], ClassLabel):
@@ -463,7 +464,7 @@ def standard_examples(
     processor: ProcessorMixin | None = None,  # of the model, see `write_prompt`
     *,
     columns: dict[str, str] | None = None,  # your choice, see `find_columns`
-    task: str | None = None,  # "vqa" or "caption"; None: told from the columns
+    task: str | None = None,  # "vqa" or "caption"; None: found from the columns
     choices: str = "letters",  # answers of multiple choice: "letters" or "texts"
     folder: str | Path = ".",  # the folder that paths of images are relative to
 ) -> Dataset:  # columns image, prompt, answer, answers, question_type, image_id
@@ -474,6 +475,7 @@ def standard_examples(
     column that the task needs is not found, and, with the row, if an example has no
     question, no answer or no image that can be read.
     """
+    require_choices(choices)
     if not len(data):
         raise ValueError("the data set is empty")
     if task not in (None, "vqa", "caption"):

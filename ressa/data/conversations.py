@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURN_COLUMNS', 'PICTURE_COLUMNS', 'ROLES', 'conversation_column', 'Conversation', 'read_conversation',
-           'conversation_table', 'Written', 'ConversationWriter', 'standard_conversations']
+           'conversation_table', 'Written', 'ConversationWriter', 'require_turns', 'standard_conversations']
 
 # %% ../../nbs/reference/conversations.ipynb #96189b78
 from collections.abc import Mapping, Sequence
@@ -254,6 +254,27 @@ def _files_of(row):
     return None
 
 
+def _with_both_keys(turns):
+    "Turns whose parts all have a type and a text, as a table needs it."
+    return [
+        turn | {"content": [{"text": None} | part for part in turn["content"]]}
+        for turn in turns
+    ]
+
+
+def _read_row(row, column):
+    "The turns of a row, and the files of its pictures. Raises `ValueError`."
+    if column not in row:
+        raise ValueError(f"it has no {column!r}")
+    files = _files_of(row)
+    found = read_conversation(row[column], None if files is None else len(files))
+    files = files or found.pictures
+    for file in files:
+        if not isinstance(file, str) or not file:
+            raise ValueError(f"its picture {str(file)[:40]!r} is no file name")
+    return _with_both_keys(found.turns), files
+
+
 def conversation_table(
     rows: Sequence[Mapping[str, Any]],  # of a JSON file, with a column of conversations
 ) -> Dataset:  # the columns of turns and of image files, and id, if the rows have it
@@ -261,39 +282,24 @@ def conversation_table(
 
     Raises `ValueError`, with the number of the row, for one that cannot be read.
     """
+    if not len(rows):
+        raise ValueError("there are no rows")
     column = conversation_column(rows) or TURN_COLUMNS[0]
     names = {name for row in rows for name in row}
     beside = next((name for name in PICTURE_COLUMNS if name in names), "images")
     table: dict[str, list] = {column: [], beside: []}
     for number, row in enumerate(rows):
-        files = _files_of(row)
         try:
-            if column not in row:
-                raise ValueError(f"it has no {column!r}")
-            found = read_conversation(
-                row[column], None if files is None else len(files)
-            )
-            files = files or found.pictures
-            for file in files:
-                if not isinstance(file, str) or not file:
-                    raise ValueError(f"its picture {str(file)[:40]!r} is no file name")
+            turns, files = _read_row(row, column)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
-        table[column].append(_with_both_keys(found.turns))
+        table[column].append(turns)
         table[beside].append(files)
     features: dict[str, Any] = {column: _TURNS, beside: List(Value("string"))}
     if "id" in rows[0]:
         table["id"] = [str(row.get("id", number)) for number, row in enumerate(rows)]
         features["id"] = Value("string")
     return Dataset.from_dict(table, features=Features(features))
-
-
-def _with_both_keys(turns):
-    "Turns whose parts all have a type and a text, as a table needs it."
-    return [
-        turn | {"content": [{"text": None} | part for part in turn["content"]]}
-        for turn in turns
-    ]
 
 # %% ../../nbs/reference/conversations.ipynb #12c642af
 _NO_LETTER = "\ue000"  # of Unicode's private use area: no text contains it
@@ -313,7 +319,7 @@ def _text_of(turn):
 
 # %% ../../nbs/reference/conversations.ipynb #9617eb06
 def _places(prompt, pieces, answers, form):
-    "Where answers stand in a prompt that has these pieces around them."
+    "The positions of answers in a prompt that has these pieces around them."
     joined = pieces[0]
     for answer, piece in zip(answers, pieces[1:]):
         joined += answer + piece
@@ -505,6 +511,14 @@ def _shown_images(images, examples):
     return Dataset.from_dict({"image": cells}, features=Features(images.features))
 
 # %% ../../nbs/reference/conversations.ipynb #56572132
+def require_turns(
+    turns: str,  # as in `standard_conversations`
+) -> None:
+    "Raise `ValueError` for a word that is not known."
+    if turns not in ("together", "apart"):
+        raise ValueError(f"turns must be 'together' or 'apart', not {turns!r}")
+
+
 def standard_conversations(
     data: Dataset,  # with a column of conversations
     processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,  # of the model
@@ -517,8 +531,7 @@ def standard_conversations(
     `image` is one image, or a list of images if a row has several or none. Raises
     `ValueError`, with the row, for a conversation or an image that cannot be read.
     """
-    if turns not in ("together", "apart"):
-        raise ValueError(f"turns must be 'together' or 'apart', not {turns!r}")
+    require_turns(turns)
     column = conversation_column(data)
     if column is None:
         raise ValueError(f"no column of conversations among {data.column_names}")

@@ -26,11 +26,13 @@ from datasets import (
 from datasets.packaged_modules.csv.csv import Csv
 from transformers import ProcessorMixin
 
+from .choices import require_choices
 from .columns import find_columns, standard_examples
 from ressa.data.conversations import (
     PICTURE_COLUMNS,
     conversation_column,
     conversation_table,
+    require_turns,
     standard_conversations,
 )
 from .easy_vqa import load_easy_vqa
@@ -237,7 +239,7 @@ def _read_easy_vqa(split, limit, processor, task):
 
 # %% ../../nbs/reference/load_data.ipynb #325aaa33
 def _standardised(data, folder, processor, *, columns, task, turns, choices):
-    "A data set with the standard columns, and a line that says what was recognised."
+    "A data set with the standard columns, and a line about how it was read."
     column = None if columns or task else conversation_column(data)
     if column is not None:
         examples = standard_conversations(data, processor, turns=turns, folder=folder)
@@ -269,7 +271,7 @@ def load_data(
     limit: int | None = None,  # how many examples to read, from the first; None: all
     processor: ProcessorMixin | None = None,  # of the model, see `write_prompt`
     columns: dict[str, str] | None = None,  # your choice, see `find_columns`
-    task: str | None = None,  # "vqa" or "caption"; None: told from the columns
+    task: str | None = None,  # "vqa" or "caption"; None: found from the columns
     turns: str = "together",  # of a conversation, see `standard_conversations`
     choices: str = "letters",  # answers of multiple choice: "letters" or "texts"
     image_folder: str | Path | None = None,  # of image files; None: that of the data
@@ -286,10 +288,14 @@ def load_data(
         raise ValueError(f"limit must be a whole number, 1 or more, not {limit!r}")
     if split is not None and not (isinstance(split, str) and split):
         raise ValueError(f"split must be a name, such as 'train', not {split!r}")
+    require_turns(turns)
+    require_choices(choices)
     if str(name) == "easy-vqa":
-        if config or columns:
+        of_others = config or columns or image_folder
+        if of_others or (turns, choices) != ("together", "letters"):
             raise ValueError(
-                "data easy-vqa: config and columns are for other data sets"
+                "data easy-vqa: config, columns, turns, choices and image_folder are "
+                "for other data sets"
             )
         return _read_easy_vqa(split, limit, processor, task)
     try:

@@ -142,7 +142,7 @@ def _random_report():
         layers.append(_random_layer("language", outputs, width))
     return PruneReport(layers)
 
-
+# %% ../../../nbs/reference/checks/05_one_pass.ipynb #871766bd
 _IMPOSSIBLE = "ValueError"  # stands for the error in the message of a failed check
 
 

@@ -37,7 +37,7 @@ def _shared_out(missing, sizes, proportions, limit):
         missing -= found[part] * sizes[part]
     return found
 
-
+# %% ../../../nbs/reference/checks/07_vision_or_language.ipynb #50635cf3
 def _random_parts(rng):
     "Sizes and proportions of three parts, all of them different."
     parts = ("vision", "interface", "language")

@@ -1,14 +1,17 @@
 """A stopped repair goes on to the same bits, and the checkpoints of another one are refused."""
 
+import copy
 import shutil
 import signal
 import time
 
 import pytest
 import torch
-from ressa.adaptation.resume import weights_hash
 from same_repair import equal, repaired
 from warm_processes import started
+
+from ressa.adaptation.repair import repair
+from ressa.adaptation.resume import settings_of, weights_hash
 
 EVERY_STEP_KEPT = dict(
     steps=4, batch_size=4, save_steps=1, save_total_limit=9, disable_tqdm=True, r=2
@@ -34,6 +37,41 @@ def losses_of(log):
         for line in log
         if "loss" in line or "eval_loss" in line
     ]
+
+
+@pytest.mark.parametrize("kind", [list, "no answers"])
+def test_equal_examples_are_the_same_run_whatever_holds_them(case, kind, trainer_of):
+    "A picture is named by its pixels, not by where its object lies in memory."
+    args = trainer_of().args
+
+    def name(first):
+        rows = case.train.select(range(first, first + 3))
+        if kind is list:
+            rows = list(rows)
+        else:
+            rows = rows.remove_columns("answer")
+        return settings_of(case.pruned, rows, None, None, args)["data"]
+
+    assert name(0) == name(0)
+    assert name(0) != name(1)
+
+
+def test_a_run_that_is_given_in_epochs_goes_on(case, repaired_copy, tmp_path):
+    options = dict(steps=None, num_train_epochs=2, max_steps=-1, save_strategy="epoch")
+    options |= dict(batch_size=4, disable_tqdm=True, r=2, save_total_limit=9)
+    small = case._replace(train=case.train.select(range(8)))
+
+    def run(folder):
+        model = copy.deepcopy(small.pruned)
+        train, reader = small.train, small.processor
+        return repair(
+            model, train, reader, teacher=case.dense, folder=folder, **options
+        )
+
+    whole = run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")  # after the first epoch
+    assert equal(run(tmp_path / "run").model, whole.model)
+    assert (tmp_path / "run" / "checkpoint-4").exists()
 
 
 @pytest.mark.slow

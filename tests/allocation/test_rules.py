@@ -254,6 +254,16 @@ def test_a_wrong_cut_is_noticed_by_its_loss(monkeypatch):
     assert [len(piece["labels"]) for piece in loss_pieces(model, batch, 3)] == [3, 3, 3]
 
 
+def test_a_model_without_picture_tokens_falls_back_on_the_whole_batch(monkeypatch):
+    "If no cut is accepted, each piece is the whole batch with the labels of a few."
+    model, batch = odd("DeepseekVL")
+    monkeypatch.setattr(rules, "picture_token_of", lambda model: None)
+    monkeypatch.setattr(rules, "examples_between", lambda *_: None)
+    losses = iter([1.0, 2.0, 3.0, 4.0])  # of the whole batch, and of a wrong cut
+    monkeypatch.setattr(rules, "calibration_loss", lambda *_: next(losses))
+    assert [len(piece["labels"]) for piece in loss_pieces(model, batch, 3)] == [3, 3, 3]
+
+
 def test_rows_without_labels_drop_out():
     model, batch = odd("DeepseekVL")
     batch["labels"][1] = -100

@@ -149,7 +149,12 @@ def test_splits_of_easy_vqa():
     [
         (lambda: load_data("easy-vqa", "validation"), "split must be one of"),
         (lambda: load_data("easy-vqa", task="sing"), "task must be one of"),
-        (lambda: load_data("easy-vqa", config="x"), "config and columns are for other"),
+        (lambda: load_data("easy-vqa", config="x"), "are for other data sets"),
+        (lambda: load_data("easy-vqa", turns="apart"), "are for other data sets"),
+        (lambda: load_data("easy-vqa", choices="texts"), "are for other data sets"),
+        (lambda: load_data("easy-vqa", image_folder="."), "are for other data sets"),
+        (lambda: load_data("easy-vqa", turns="x"), "turns must be 'together' or"),
+        (lambda: load_data("easy-vqa", choices="x"), "choices must be 'letters' or"),
         (lambda: load_data("easy-vqa", limit=0), "limit must be .*1 or more, not 0"),
     ],
 )

@@ -190,7 +190,13 @@ if __name__ == "__main__":
         print("killed", found["killed"], found["same_bits_after_kills"], flush=True)
 
         picture = str(next((folder / "data/pictures").iterdir()))
-        served = [sys.executable, "-c", SERVED, str(folder / "runs/model/model"), picture]
+        served = [
+            sys.executable,
+            "-c",
+            SERVED,
+            str(folder / "runs/model/model"),
+            picture,
+        ]
         run_to_end(served)
         found["opened_by_pipeline"] = True
 

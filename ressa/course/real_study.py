@@ -391,7 +391,7 @@ def real_settings() -> dict[str, list[dict]]:  # name of a part → settings of 
     return settings
 
 # %% ../../nbs/studies/real_model.ipynb #29737afc
-WRITERS = [  # method that prunes to 60 %, and the repair
+WRITERS: list[dict[str, str | None]] = [  # method that prunes to 60 %, and the repair
     {"method": "dense", "row": None},
     {"method": "wanda", "row": None},
     {"method": "sparsegpt", "row": None},

@@ -163,7 +163,7 @@ def test_a_block_without_examples_is_one_piece():
     packed = torch.randn(77, 3)
     (piece,) = pieces_of((packed,), {"mask": torch.ones(5)}, n=5, size=2)
     assert piece.args[0] is packed
-    with pytest.raises(ValueError, match="size=0 must be 1 or more"):
+    with pytest.raises(ValueError, match="size must be 1 or more, not 0"):
         pieces_of((packed,), {}, n=5, size=0)
 
 

@@ -369,7 +369,7 @@ def _take_adapters_off(model):
     if hasattr(model, "peft_config"):
         del model.peft_config
 
-
+# %% ../../nbs/reference/repair.ipynb #dc258a52
 @contextlib.contextmanager
 def _unchanged_on_failure(model, device):
     """A repair that fails, or is stopped, leaves the model as it was.

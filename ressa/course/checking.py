@@ -76,23 +76,29 @@ def expect(
     wanted,  # the right answer
     mistakes: Mapping | None = None,  # hint → the answer that this mistake gives
     tolerance: float = 1e-5,  # as in `same`
+    compared: Callable | None = None,  # answer → what is compared; None: the answer
 ) -> None:
     """Call a reader's function and compare its answer with the right one.
 
-    Raises `AssertionError`, with a hint, the inputs and both answers, if the answer is
-    wrong or if the function changed its inputs.
+    If many answers are right, `compared` computes from an answer what they have in
+    common; `wanted` and `mistakes` are then of this kind. Raises `AssertionError`, with
+    a hint, the inputs and both answers, if the answer is wrong or if the function
+    changed its inputs.
     """
     before = shown(inputs)
     got = function(*inputs.values())
     assert shown(inputs) == before, "your function changed its input: work on a copy"
-    if same(got, wanted, tolerance):
-        return
     assert got is not None, "your function returned None: does it end with `return`?"
+    found = got if compared is None else compared(got)
+    if same(found, wanted, tolerance):
+        return
     hint = "not yet right"
     for mistake, answer in (mistakes or {}).items():
-        if same(got, answer, tolerance):
+        if same(found, answer, tolerance):
             hint = mistake
             break
-    raise AssertionError(
-        f"{hint}\nfor {before}\ngot  {shown(got)}\nwant {shown(wanted)}"
-    )
+    lines = [hint, f"for {before}", f"got  {shown(got)}"]
+    if compared is not None:
+        lines.append(f"so   {shown(found)}")
+    lines.append(f"want {shown(wanted)}")
+    raise AssertionError("\n".join(lines))

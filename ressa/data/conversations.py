@@ -274,7 +274,7 @@ def _read_row(row, column):
             raise ValueError(f"its picture {str(file)[:40]!r} is no file name")
     return _with_both_keys(found.turns), files
 
-
+# %% ../../nbs/reference/conversations.ipynb #bde33048
 def conversation_table(
     rows: Sequence[Mapping[str, Any]],  # of a JSON file, with a column of conversations
 ) -> Dataset:  # the columns of turns and of image files, and id, if the rows have it

@@ -57,11 +57,11 @@ def ria(
     sparsity: float | None = None,  # fraction of each output row to prune, in [0, 1)
     pattern: str | None = None,  # or an N:M pattern
     power: float = 0.5,  # the exponent a of the input norm; 0 ignores the inputs
-    group: str = "row",  # compare within each "row", or over the "layer" (the authors)
+    group: str = "row",  # within each "row", or over the "layer" as the authors do
 ) -> torch.Tensor:  # pruned, a new tensor
     """Prune by relative importance and activations, the lowest of each output row.
 
-    The score is (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖X_j‖₂^a.
+    The score is (|W_ij| / Σ_k |W_kj| + |W_ij| / Σ_l |W_il|) · ‖X_j‖₂^a.
 
     Source: Zhang et al., *Plug-and-Play: An Efficient Post-training Pruning Method for
     Large Language Models*, ICLR 2024.

@@ -27,6 +27,7 @@ def check_best_in_groups(
     p = (2 * torch.randn(6)).softmax(0)
     groups = torch.tensor([0, 0, 0, 1, 1, 2])[torch.randperm(6)]
     geometric = _constant_in_groups(p, groups, lambda x: x.log().mean().exp())
+    sums = _constant_in_groups(p, groups, torch.sum)
     expect(
         best_in_groups,
         {"p": p, "groups": groups},
@@ -35,8 +36,9 @@ def check_best_in_groups(
             "the student must be constant in each group": p,
             "this is the best student for KL(q‖p), the other way round": geometric
             / geometric.sum(),
-            "the probabilities must sum to one": _constant_in_groups(
-                p, groups, torch.sum
+            "the probabilities must sum to one": sums,
+            "sums give larger groups too much, even if q sums to one: take means": (
+                sums / sums.sum()
             ),
             "take the mean of a group, not its likeliest word": _constant_in_groups(
                 p, groups, torch.amax
@@ -79,19 +81,24 @@ def check_smoothing_teacher(
     one_hot = F.one_hot(labels, vocabulary)
     wanted = epsilon / vocabulary + (1 - epsilon) * one_hot
     of_others = torch.where(one_hot == 1, 1 - epsilon, epsilon / (vocabulary - 1))
+    without_share = torch.where(one_hot == 1, 1 - epsilon, epsilon / vocabulary)
 
-    def probabilities(labels, vocabulary, epsilon):
+    def probabilities(logits):
         "What the teacher says: logits may differ by a constant."
-        return smoothing_teacher(labels, vocabulary, epsilon).softmax(-1)
+        return logits.softmax(-1)
 
     expect(
-        probabilities,
+        smoothing_teacher,
         {"labels": labels, "vocabulary": vocabulary, "epsilon": epsilon},
         wanted=wanted,
         mistakes={
             "these are probabilities: return logits": wanted.softmax(-1),
             "the right word gets its share ε/V in addition to 1 - ε": of_others,
+            "the right word has only 1 - ε: the label keeps its share ε/V": (
+                without_share / without_share.sum(-1, keepdim=True)
+            ),
             "this is the one-hot label: give each word ε/V": one_hot.float(),
         },
         tolerance=1e-4,
+        compared=probabilities,
     )

@@ -66,6 +66,9 @@ def check_cost_with_bias(
             "a standard deviation is not yet a norm over the tokens": (
                 size * x.std(dim=0)
             ),
+            "`std` divides by the number of tokens - 1: take correction=0": (
+                size * x.std(dim=0) * len(x) ** 0.5
+            ),
             "subtract the mean from each value, not from the norm": (
                 size * (x.norm(dim=0) - mean.abs())
             ),
@@ -83,6 +86,7 @@ def check_equally_loud(
     weight = torch.randn(4, 6)
     x = torch.randn(8, 6) * (1 + 8 * torch.rand(6))
     norm = x.norm(dim=0)
+    norm_of_token = x.norm(dim=1, keepdim=True)
     expect(
         equally_loud,
         {"weight": weight, "x": x},
@@ -96,6 +100,15 @@ def check_equally_loud(
             "the outputs changed: divide x by the norms, and multiply the weight": (
                 weight / norm,
                 x / norm,
+            ),
+            "dim=1 gives the norm of each token: take that of each input, dim=0": (
+                weight,
+                x / norm_of_token,
+            ),
+            "dim=1 gives the norm of each token, and one factor for all weights "
+            "cannot replace it: take the norm of each input, dim=0": (
+                weight * norm_of_token.mean(),
+                x / norm_of_token,
             ),
         },
     )

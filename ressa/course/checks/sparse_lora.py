@@ -50,6 +50,11 @@ def check_quiet_where_pruned(
             "the pruned outputs are filled": answer(update * inputs),
             "the pruned inputs are filled": answer(update * outputs[:, None]),
             "the update of the kept weights must stay": answer(update * 0),
+            "the shapes must stay: set rows and columns to zero, do not cut them off": (
+                [2, int(inputs.sum())],
+                [int(outputs.sum()), 2],
+                update[outputs][:, inputs],
+            ),
         },
     )
 
@@ -80,6 +85,8 @@ def check_first_step(
             "mask G in the gradient of B": merged(A, -rate * scale * G @ A.T),
             "the zeros are filled: mask the update, too": weight
             - rate * scale**2 * step,
+            "the mask is missing twice: in the gradient of B, and in the update": weight
+            - rate * scale**2 * G @ A.T @ A,
             "the scale is in the gradient and in the merged weight": weight
             - rate * scale * step * mask,
             "that is a step of all kept weights": weight - rate * G * mask,
@@ -97,20 +104,23 @@ def check_stacked(
     A1, B1, scale1 = torch.randn(1, 6), torch.randn(4, 1), 2.0
     A2, B2, scale2 = torch.randn(2, 6), torch.randn(4, 2), 3.0
 
-    def shapes_and_product(adapters):
-        A, B = stacked(adapters)
-        return list(A.shape), list(B.shape), B @ A
+    def product_and_rank(answer):
+        "Adapters may be stacked in any order, and a scale may be in A or in B."
+        A, B = answer
+        stacked_rank = A.shape == (3, 6) and B.shape == (4, 3)
+        return {"product BA": B @ A, "R is the sum of the ranks": stacked_rank}
 
-    def answer(product):
-        return [3, 6], [4, 3], product
+    def answer(product, stacked_rank=True):
+        return {"product BA": product, "R is the sum of the ranks": stacked_rank}
 
     shifted_A = torch.cat([A2, A1])  # its rows meet the columns of other adapters
     scaled_B = torch.cat([scale1 * B1, scale2 * B2], 1)
-    first_alone = [1, 6], [4, 1], scale1 * B1 @ A1
+    right = scale1 * B1 @ A1 + scale2 * B2 @ A2
+    sums = (scale1 * B1 + scale2 * B2) @ (A1 + A2)
     expect(
-        shapes_and_product,
+        stacked,
         {"adapters": [(A1, B1, scale1), (A2, B2, scale2)]},
-        wanted=answer(scale1 * B1 @ A1 + scale2 * B2 @ A2),
+        wanted=answer(right),
         mistakes={
             "the scales are missing": answer(B1 @ A1 + B2 @ A2),
             "the scales are in A and in B: once is enough": answer(
@@ -119,7 +129,16 @@ def check_stacked(
             "row k of A and column k of B must be of one adapter": answer(
                 scaled_B @ shifted_A
             ),
-            "that is the first adapter alone: stack all of them": first_alone,
+            "that is the first adapter alone: stack all of them": answer(
+                scale1 * B1 @ A1, stacked_rank=False
+            ),
+            "sums also multiply the A of one adapter with the B of another": answer(
+                sums, stacked_rank=False
+            ),
+            "the product is right, but R must be the sum of the ranks": answer(
+                right, stacked_rank=False
+            ),
         },
         tolerance=1e-4,
+        compared=product_and_rank,
     )

@@ -44,6 +44,19 @@ def check_when_to_stop(
         wanted=(1, 3),
         mistakes={"an equal loss is no new lowest loss": (4, 4)},
     )
+    rising = [3.0, 4.0, 5.0, 1.0]
+    expect(
+        when_to_stop,
+        {"losses": rising, "patience": 2},
+        wanted=(0, 2),
+        mistakes={"the first measurement is the lowest so far, not in vain": (0, 1)},
+    )
+    expect(
+        when_to_stop,
+        {"losses": [3.0, 2.0, 1.0, 4.0, 0.5], "patience": 1},
+        wanted=(2, 3),
+        mistakes={"here `patience` is 1: it is an argument": (4, 4)},
+    )
 
 # %% ../../../nbs/reference/checks/11_repair.ipynb #b08f39ff
 def check_put_back(

@@ -34,6 +34,7 @@ def check_largest_rank(
                     (1 - sparsity) * rows * columns
                 )
                 // (rows + columns),
+                "the rank is a whole number: round down": kept / (rows + columns),
                 "an adapter has both A and B: count both": kept // columns,
                 "an adapter has both B and A: count both": kept // rows,
             },
@@ -60,6 +61,9 @@ def check_answer_kl(
     about_label = labelled.roll(-1, dims=1)  # the output before each labelled token
     everywhere = torch.ones_like(labelled)
     everywhere[:, -1] = False
+    of_pairs = [
+        _average_kl(teacher[i], student[i], about_label[i]) for i in range(len(labels))
+    ]
     per_pair = _average_kl(teacher, student, about_label) * labelled.sum() / 2
     expect(
         answer_kl,
@@ -79,5 +83,8 @@ def check_answer_kl(
                 student, teacher, about_label
             ),
             "average over the labelled tokens, not over the pairs": per_pair,
+            "take one mean over all labelled tokens, not one in each pair": torch.stack(
+                of_pairs
+            ).mean(),
         },
     )

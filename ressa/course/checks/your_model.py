@@ -41,25 +41,33 @@ def check_smallest_sparsity(
 def check_largest_micro_batch(
     largest_micro_batch,  # your function of free, examples, narrow and wide
 ) -> None:
-    "Check the exercise *The largest micro-batch* on three amounts of memory."
-    narrow, wide, examples = 300, 1000, 8
+    "Check the exercise *The largest micro-batch* on random amounts of memory."
+    examples = int(torch.randint(6, 12, ()))
+    narrow = int(torch.randint(100, 400, ()))
+    wide = int(torch.randint(1000, 2000, ()))
     all_states = examples * narrow
-    for free, wanted in ((4300, 1), (20_000, 8), (700, 0)):
-        left = (free - all_states) // wide
+    for free in (
+        all_states + wide,  # one example fits exactly
+        all_states + 3 * wide - 1,  # the third is one byte too large
+        2 * examples * (narrow + wide),  # more than enough for all
+        all_states // 2,  # not even the hidden states fit
+    ):
+        left = free - all_states
         unlimited = "at most all examples"
         if left < 0:
             unlimited = "there is no negative micro-batch: return 0"
         expect(
             largest_micro_batch,
             {"free": free, "examples": examples, "narrow": narrow, "wide": wide},
-            wanted=wanted,
+            wanted=max(0, min(examples, left // wide)),
             mistakes={
                 "the hidden states of all examples are in memory": min(
                     examples, free // wide
                 ),
                 "the hidden states of all examples are in memory, not only those of "
                 "the micro-batch": min(examples, free // (narrow + wide)),
-                unlimited: left,
+                unlimited: left // wide,
+                "what fits exactly fits, too": max(0, (left - 1) // wide),
             },
         )
 
@@ -82,7 +90,7 @@ class _PhasesOf:
 
 
 def check_fewest_changes(
-    fewest_changes,  # your function of changes, phases_of and limit
+    fewest_changes,  # your function of names, phases_of and limit
 ) -> None:
     "Check the exercise *Which changes are enough?* on four limits of one run."
     unit = int(torch.randint(1, 100, ()))
@@ -115,7 +123,7 @@ def check_fewest_changes(
     ):
         expect(
             fewest_changes,
-            {"changes": list(saved), "phases_of": phases_of, "limit": limit * unit},
+            {"names": list(saved), "phases_of": phases_of, "limit": limit * unit},
             wanted=wanted,
             mistakes=mistakes,
         )

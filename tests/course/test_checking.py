@@ -77,3 +77,20 @@ def test_a_function_must_not_change_its_input():
 def test_the_readers_own_error_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         check(lambda a, b: a / 0)
+
+
+def test_what_is_compared_may_be_computed_from_the_answer():
+    def check_logits(function):
+        expect(
+            function,
+            {"p": torch.tensor([0.25, 0.75])},
+            wanted=torch.tensor([0.25, 0.75]),
+            compared=lambda logits: logits.softmax(0),
+        )
+
+    check_logits(lambda p: p.log() + 3)
+    with pytest.raises(AssertionError) as error:
+        check_logits(lambda p: p * 0)
+    assert "got  [0, 0]\nso   [0.5, 0.5]\nwant [0.25, 0.75]" in str(error.value)
+    with pytest.raises(AssertionError, match="returned None"):
+        check_logits(lambda p: None)

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from .options import DataOptions, TestOptions, add_fields
-from .recipes import read_options
+from .read_recipe import read_options
 
 # %% ../../nbs/reference/command_compare.ipynb #cbf4ec66
 def _signed(metric, value):

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from .options import DataOptions, ModelOptions, TestOptions, TrainOptions
-from .recipes import add_recipe_options, read_options
+from .read_recipe import add_recipe_options, read_options
 
 # %% ../../nbs/reference/command_data.ipynb #3db5faf5
 class Segment(NamedTuple):

@@ -9,7 +9,7 @@ __all__ = ['KEYS', 'EXAMPLES', 'add_options', 'run']
 import argparse
 
 from .options import DataOptions, ModelOptions, TestOptions
-from .recipes import add_recipe_options, read_options
+from .read_recipe import add_recipe_options, read_options
 
 # %% ../../nbs/reference/command_evaluate.ipynb #21ceb474
 KEYS = (ModelOptions, DataOptions, TestOptions)

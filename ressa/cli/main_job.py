@@ -42,7 +42,7 @@ from ressa.cli.memory import (
 )
 from .model_card import HUB_KEYS, push_to_hub, write_products
 from .options import RIVALS, pruning_target, ranks_of, rivals_of
-from .recipes import TRAINING_DEFAULTS
+from .read_recipe import TRAINING_DEFAULTS
 from .report import html_report
 from ressa.cli.results import (
     device_name,

@@ -16,7 +16,7 @@ from ressa.cli.options import (
     SeedOptions,
     TrainOptions,
 )
-from .recipes import add_recipe_options, read_options
+from .read_recipe import add_recipe_options, read_options
 
 # %% ../../nbs/reference/command_prune.ipynb #e692033b
 KEYS = (ModelOptions, DataOptions, TrainOptions, PruneOptions, SeedOptions, OutOptions)

@@ -8,7 +8,7 @@ __all__ = ['EXAMPLES', 'add_options', 'run']
 # %% ../../nbs/reference/command_recipe.ipynb #ebcd71a7
 import argparse
 
-from .recipes import add_recipe_options, given_keys, written
+from .read_recipe import add_recipe_options, given_keys, written
 from .repair import KEYS
 
 # %% ../../nbs/reference/command_recipe.ipynb #0e51dd66

@@ -17,7 +17,7 @@ from ressa.cli.options import (
     TestOptions,
     TrainOptions,
 )
-from .recipes import add_recipe_options, read_options
+from .read_recipe import add_recipe_options, read_options
 
 # %% ../../nbs/reference/command_repair.ipynb #0cd2cd88
 EXAMPLES = """examples:

@@ -10,7 +10,7 @@ from warm_processes import together
 from ressa.cli import main_job
 from ressa.cli.app import parse
 from ressa.cli.main_job import open_out, settings_of, stored_results
-from ressa.cli.recipes import read_options
+from ressa.cli.read_recipe import read_options
 from ressa.cli.repair import KEYS
 
 

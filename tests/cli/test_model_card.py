@@ -180,7 +180,7 @@ def test_only_a_run_that_asks_for_it_is_uploaded(tmp_path, monkeypatch, capsys):
     "And no token of the hub is stored. The run has ended, so nothing is computed."
     from ressa.cli import main_job
     from ressa.cli.app import parse
-    from ressa.cli.recipes import read_options
+    from ressa.cli.read_recipe import read_options
     from ressa.cli.repair import KEYS
 
     uploads = []

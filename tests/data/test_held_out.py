@@ -9,7 +9,7 @@ from tiny_models import picture
 
 from ressa.cli import evaluate, repair
 from ressa.cli.app import parse
-from ressa.cli.recipes import read_options
+from ressa.cli.read_recipe import read_options
 from ressa.cli.run_data import load_tests, load_training, separate
 from ressa.data.columns import standard_examples
 from ressa.data.held_out import count_seen, hold_out, without_pictures_of

@@ -2,7 +2,7 @@
 
 from ressa.cli import main_job
 from ressa.cli.app import parse
-from ressa.cli.recipes import read_options
+from ressa.cli.read_recipe import read_options
 from ressa.cli.repair import KEYS
 
 

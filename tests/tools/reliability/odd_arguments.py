@@ -126,7 +126,7 @@ LEFT_OUT = {  # name → why
     ),
     **dict.fromkeys(
         ("canonical", "nearest", "ranks_of", "columns_of", "read_recipe", "written"),
-        "given texts of a command line, see cli/test_options and cli/test_recipes",
+        "given texts of a command line, see cli/test_options and cli/test_read_recipe",
     ),
     **dict.fromkeys(
         ("recipe_names", "training_keys", "describe_training"), "take no argument"

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from ressa.cli.recipes import (
+from ressa.cli.read_recipe import (
     COMMON,
     REFUSED,
     TRAINING_DEFAULTS,
@@ -40,7 +40,7 @@ def recipe(tmp_path):
 
 
 def test_stored_keys_are_those_of_the_class():
-    "The stored listing is there so that help needs no torch: page command_recipes."
+    "The stored listing is there so that help needs no torch: page command_read_recipe."
     assert training_keys() == describe_training()
 
 
@@ -152,7 +152,7 @@ def test_values_that_do_not_fit(parser, line, said):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_say_what_they_need_and_can_be_read(parser, name):
-    from ressa.cli.recipes import RECIPES
+    from ressa.cli.read_recipe import RECIPES
 
     head = (RECIPES / f"{name}.yaml").read_text().split("\nmodel:")[0]
     assert "Memory" in head and "run" in head

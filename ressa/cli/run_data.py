@@ -97,8 +97,8 @@ def _load_test_split(args, processor):
     _, test = hold_out(data)
     test = test.select(range(min(args.limit or len(test), len(test))))
     print(
-        f"· {args.data}: tests are {len(test)} examples of held-out pictures, because "
-        "one split is for training and test",
+        f"· {args.data}: has one split only, so {len(test)} examples are kept for the "
+        "test; their pictures are not in the training",
         file=sys.stderr,
     )
     return test

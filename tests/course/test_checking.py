@@ -94,3 +94,9 @@ def test_what_is_compared_may_be_computed_from_the_answer():
     assert "got  [0, 0]\nso   [0.5, 0.5]\nwant [0.25, 0.75]" in str(error.value)
     with pytest.raises(AssertionError, match="returned None"):
         check_logits(lambda p: None)
+
+
+def test_a_right_answer_may_be_none():
+    expect(lambda limit: None, {"limit": 1}, wanted=None)
+    with pytest.raises(AssertionError, match="nothing fits"):
+        expect(lambda limit: 1, {"limit": 1}, wanted=None, mistakes={"nothing fits": 1})

@@ -7,6 +7,7 @@ __all__ = ['check_prune_in_pieces', 'check_cheapest_inputs', 'check_language_for
 
 # %% ../../../nbs/reference/checks/05_one_pass.ipynb #dbfc7c9d
 import copy
+import random
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from ...pruning.scores import wanda
 from ...pruning.statistics import Statistics
 
 # %% ../../../nbs/reference/checks/05_one_pass.ipynb #83499c6d
+_TOKENS_OF_PIECE = 4
+
+
 def _pruned(weight, x):
     "A weight (out, in) pruned by half by Wanda, for inputs x (tokens, in)."
     return wanda(weight.detach(), Statistics.of(x.detach()), sparsity=0.5)
@@ -32,6 +36,15 @@ def _both_pruned(first, second, x):
     }
 
 
+def _refuse_more_than_a_piece(layer, inputs):
+    "A hook that runs before a layer: it refuses pieces that were put together."
+    tokens = len(inputs[0])
+    assert tokens <= _TOKENS_OF_PIECE, (
+        f"the pieces were put together: a layer got {tokens} tokens at once, "
+        f"but a piece has {_TOKENS_OF_PIECE}"
+    )
+
+
 def _zeros(weights):
     return {name: (weight == 0).tolist() for name, weight in weights.items()}
 
@@ -39,26 +52,30 @@ def _zeros(weights):
 def check_prune_in_pieces(
     prune_in_pieces,  # your function of (chain, pieces, sparsity), in place
 ) -> None:
-    "Check *The inputs come in pieces* on a random chain of two layers and two pieces."
+    "Check *The inputs come in pieces* on a chain of two layers and three pieces."
     while True:
-        x = torch.randn(8, 4)
-        x[4:] *= torch.tensor([4, 1, 1, 0.2])  # the second piece has other norms
-        pieces = [x[:4], x[4:]]
+        x = torch.randn(3 * _TOKENS_OF_PIECE, 4)
+        pieces = list(x.split(_TOKENS_OF_PIECE))
+        pieces[1] *= torch.tensor([4, 1, 1, 0.2])  # each piece has other norms
+        pieces[2] *= torch.tensor([1, 0.2, 4, 1])
         first, second = nn.Linear(4, 6), nn.Linear(6, 4)
         chain = nn.Sequential(first, nn.ReLU(), second)
         wanted = _both_pruned(first, second, x)
         on_first_piece = _both_pruned(first, second, pieces[0])
+        on_two_pieces = _both_pruned(first, second, torch.cat(pieces[:2]))
         on_dense_inputs = {
             "layer 0": wanted["layer 0"],
             "layer 2": _pruned(second.weight, first(x).relu()),
         }
-        answers = (wanted, on_first_piece, on_dense_inputs)
+        answers = (wanted, on_first_piece, on_two_pieces, on_dense_inputs)
         masks = [str(_zeros(answer)) for answer in answers]
-        if len(set(masks)) == 3:  # else a mistake would not show
+        if len(set(masks)) == len(answers):  # else a mistake would not show
             break
 
     def weights_after(chain, pieces, sparsity):
         chain = copy.deepcopy(chain)
+        for layer in (chain[0], chain[2]):
+            layer.register_forward_pre_hook(_refuse_more_than_a_piece)
         prune_in_pieces(chain, [piece.clone() for piece in pieces], sparsity)
         return {"layer 0": chain[0].weight.data, "layer 2": chain[2].weight.data}
 
@@ -72,6 +89,7 @@ def check_prune_in_pieces(
         wanted=wanted,
         mistakes={
             "the layers were pruned on the first piece only": on_first_piece,
+            "the last piece was not used": on_two_pieces,
             "layer 2 was pruned on the inputs of the dense model": on_dense_inputs,
             "layer 2 was not pruned": wanted | {"layer 2": dense["layer 2"]},
             "no weight has changed: prune the layers of `chain` in place": dense,
@@ -82,10 +100,12 @@ def check_prune_in_pieces(
 def check_cheapest_inputs(
     cheapest_inputs,  # your function of weight (out, in), stats, sparsity and pattern
 ) -> None:
-    "Check the exercise *The cheapest inputs* on a random layer of six inputs."
+    "Check the exercise *The cheapest inputs* on a random layer of seven inputs."
+    sparsity = random.choice((0.4, 0.7))  # of 7 inputs: 2.8 and 4.9, rounded down
+    count = int(sparsity * 7)
     while True:
-        weight = torch.randn(3, 6) * (0.2 + torch.rand(6))
-        x = torch.randn(5, 6) * (0.2 + torch.rand(6))
+        weight = torch.randn(3, 7) * (0.2 + torch.rand(7))
+        x = torch.randn(5, 7) * (0.2 + torch.rand(7))
         norm = x.norm(dim=0)
         scores = {
             "right": weight.norm(dim=0) * norm,
@@ -96,24 +116,26 @@ def check_cheapest_inputs(
             "the inputs matter, too, not only the weights": weight.norm(dim=0),
             "those are the most expensive inputs": -weight.norm(dim=0) * norm,
         }
-        removed = {name: score.argsort()[:3] for name, score in scores.items()}
+        removed = {name: score.argsort()[:count] for name, score in scores.items()}
         sets = {tuple(columns.sort().values.tolist()) for columns in removed.values()}
         if len(sets) == len(removed):  # else a mistake would not show
             break
+    one_more = scores["right"].argsort()[: count + 1]
+    removed["round the number of columns down"] = one_more
 
     answers = {
         name: weight.index_fill(1, columns, 0) for name, columns in removed.items()
     }
-    in_rows = wanda(weight, Statistics.of(x), sparsity=0.5)
+    in_rows = wanda(weight, Statistics.of(x), sparsity=sparsity)
     answers["remove whole columns, not weights of each row"] = in_rows
 
-    def pruned(weight, x):
+    def pruned(weight, x, sparsity):
         stats = Statistics.of(x, mean=False, gram=False)
-        return cheapest_inputs(weight, stats, sparsity=0.5, pattern=None)
+        return cheapest_inputs(weight, stats, sparsity=sparsity, pattern=None)
 
     expect(
         pruned,
-        {"weight": weight, "x": x},
+        {"weight": weight, "x": x, "sparsity": sparsity},
         wanted=answers.pop("right"),
         mistakes=answers,
     )

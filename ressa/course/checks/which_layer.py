@@ -30,18 +30,9 @@ def _met(preferred, sizes, budget):
     return met
 
 
-def check_meet(
-    meet,  # your function of preferred, sizes and budget
-) -> None:
-    "Check the exercise *Meet the budget* on three layers, one of which reaches 1."
+def _check_one_budget(meet, preferred, budget, mistake_of_shift, mistake_of_cut):
+    "Check `meet` where one common shift would leave the range from 0 to 1."
     sizes = dict(zip("abc", (torch.randperm(4)[:3] + 2).tolist()))
-    first, second, third = torch.rand(3).tolist()
-    preferred = {
-        "a": 0.9 + 0.08 * first,
-        "b": 0.4 + 0.1 * second,
-        "c": 0.2 + 0.1 * third,
-    }
-    budget = 0.85
     planned = sum(preferred[name] * sizes[name] for name in sizes)
     shift = budget - planned / sum(sizes.values())
     shifted = {name: value + shift for name, value in preferred.items()}
@@ -50,14 +41,44 @@ def check_meet(
         {"preferred": preferred, "sizes": sizes, "budget": budget},
         wanted=_met(preferred, sizes, budget),
         mistakes={
-            "a sparsity is above 1": shifted,
-            "too few weights are removed: one layer has reached 1, so the others "
-            "have to lose more": _cut(shifted),
+            mistake_of_shift: shifted,
+            mistake_of_cut: _cut(shifted),
             "a large layer counts more than a small one": _met(
                 preferred, dict.fromkeys(sizes, 1), budget
             ),
             "the budget is not met": preferred,
         },
+    )
+
+
+def check_meet(
+    meet,  # your function of preferred, sizes and budget
+) -> None:
+    "Check the exercise *Meet the budget*: one layer reaches 1, then one reaches 0."
+    first, second, third = torch.rand(3).tolist()
+    _check_one_budget(
+        meet,
+        preferred={
+            "a": 0.9 + 0.08 * first,
+            "b": 0.4 + 0.1 * second,
+            "c": 0.2 + 0.1 * third,
+        },
+        budget=0.85,
+        mistake_of_shift="a sparsity is above 1",
+        mistake_of_cut="too few weights are removed: one layer has reached 1, so the "
+        "others have to lose more",
+    )
+    _check_one_budget(
+        meet,
+        preferred={
+            "a": 0.8 + 0.1 * first,
+            "b": 0.5 + 0.1 * second,
+            "c": 0.02 + 0.03 * third,
+        },
+        budget=0.15,
+        mistake_of_shift="a sparsity is below 0",
+        mistake_of_cut="too many weights are removed: one layer has reached 0, so the "
+        "others have to lose less",
     )
 
 # %% ../../../nbs/reference/checks/08_which_layer.ipynb #f577ce17

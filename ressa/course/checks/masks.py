@@ -87,7 +87,7 @@ def check_select_more(
     score = torch.where(places < 8, -1.0, 1.0) * (0.1 + torch.rand(4, 10))
     score[zeros] = 2 + torch.rand(12)
     sparsity = (6 + int(torch.randint(2, ())) + 0.5) / 10
-    first = score.where(~zeros, score.min() - 1)
+    first = score.where(~zeros, torch.finfo(score.dtype).min)
     expect(
         select_more,
         {"weight": weight, "score": score, "sparsity": sparsity},
@@ -102,6 +102,28 @@ def check_select_more(
             ),
             "0 is not the lowest score: scores may be negative": select(
                 score * ~zeros, sparsity
+            ),
+        },
+    )
+    _expect_large_scores(select_more)
+
+
+def _expect_large_scores(select_more):
+    "Scores of about -1e9, with the lowest one to the left of every zero."
+    weight = torch.randn(4, 10)
+    zeros = torch.rand(4, 9).argsort(dim=1) < 3  # in all columns but the first
+    weight[:, 1:][zeros] = 0.0
+    score = -1e9 * (0.1 + torch.rand(4, 10))
+    score[:, 0] = score.min()
+    sparsity = 0.35  # as many weights of a row as are zero already
+    one_below = score.where(weight != 0, score.min() - 1)
+    expect(
+        select_more,
+        {"weight": weight, "score": score, "sparsity": sparsity},
+        wanted=weight != 0,
+        mistakes={
+            "in min - 1, the 1 is lost in the rounding of large scores": select(
+                one_below, sparsity
             ),
         },
     )

@@ -76,7 +76,7 @@ def fast_masked_weight(
         )
         return _masked_weight_in_place(weight, A, B)
 
-# %% ../../nbs/reference/fast_mask.ipynb #new
+# %% ../../nbs/reference/fast_mask.ipynb #3554651d
 def to_autocast(
     x: torch.Tensor,  # the input of a layer
 ) -> torch.Tensor:

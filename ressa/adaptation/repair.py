@@ -210,7 +210,7 @@ def _chosen(model, data, preset, arguments, given):
         chosen["steps"] = _one_pass(data, chosen["batch_size"] * batches)
     return chosen
 
-# %% ../../nbs/reference/repair.ipynb #new
+# %% ../../nbs/reference/repair.ipynb #ab5896f6
 def _default_arguments(model, chosen, folder, patience, preset):
     "A cosine schedule, twenty lines of log, one checkpoint kept, and early stopping."
     steps = chosen["steps"]

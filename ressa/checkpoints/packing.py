@@ -265,7 +265,7 @@ def _checked_codes(index, kept, n):
         raise ValueError("a code beyond the six patterns of 2:4")
     return _mask_of_codes(codes)
 
-# %% ../../nbs/reference/packing.ipynb #new
+# %% ../../nbs/reference/packing.ipynb #cfbef80a
 def kept_count(
     how: str,  # "bitmask" or "2:4"
     index: np.ndarray,  # of a `Packed`

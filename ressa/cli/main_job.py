@@ -30,7 +30,7 @@ from ..adaptation.teachers import CachedTeacher, SelfTeacher, cache_targets
 from ..adaptation.trainer import PRESETS, RessaArguments
 from ..allocation.rules import ecoflap, owl
 
-# %% ../../nbs/reference/command_main_job.ipynb #new
+# %% ../../nbs/reference/command_main_job.ipynb #90758fdc
 from ressa.cli.memory import (
     Load,
     TooLittleMemory,

@@ -407,7 +407,7 @@ RIVAL_RATES = {"lora": 2e-3, "hira": 3e-2}  # the best of them
 # the settings with which weights and rates are tried
 HELD_OUT: dict[str, Any] = dict(pairs=256, seed=100, held_out=True)
 
-# %% ../../nbs/studies/few_labels.ipynb #new
+# %% ../../nbs/studies/few_labels.ipynb #64d8d381
 def setting_of(
     loss: Loss,
     learning_rate: float | None = None,  # None: as in `RATES`

@@ -121,7 +121,7 @@ def _prompts_as_read(examples, batch, tokenizer):
         prompts.append(prompt)
     return prompts
 
-# %% ../../nbs/reference/collate.ipynb #new
+# %% ../../nbs/reference/collate.ipynb #98a6087c
 def _places_in_prompt(example, ids, tokenizer):
     """Where the tokens of earlier answers are among the token ids of a prompt.
 

@@ -128,7 +128,7 @@ def _read_saved(folder, split, limit):
         data = data[whole]
     return _at_most(_part_of(data, split or "train"), limit)
 
-# %% ../../nbs/reference/load_data.ipynb #new
+# %% ../../nbs/reference/load_data.ipynb #23049a88
 def _metadata_file(folder, split):
     "The `metadata.csv` of a folder of images, if it has one for this split, or None."
     whole = (split or "train").partition("[")[0]

@@ -60,7 +60,7 @@ def text_windows(
         return all_windows
     return all_windows[torch.linspace(0, len(all_windows) - 1, windows).long()]
 
-# %% ../../nbs/reference/perplexity.ipynb #new
+# %% ../../nbs/reference/perplexity.ipynb #fb98636a
 @torch.no_grad()
 def window_losses(
     model: nn.Module,  # a causal language model, or a VLM, which is shown no image

@@ -627,7 +627,7 @@ def _check_options(micro_batch, recompute, dense_statistics):
             "dense_statistics takes the whole batch at once: leave micro_batch out"
         )
 
-# %% ../../nbs/reference/engine.ipynb #new
+# %% ../../nbs/reference/engine.ipynb #ec82ceb7
 def _check_groups(groups, method, options):
     "Raise `ValueError` for groups that a method does not take."
     if not groups:

@@ -29,7 +29,7 @@ def _met(preferred, sizes, budget):
             high = shift
     return met
 
-# %% ../../../nbs/reference/checks/08_which_layer.ipynb #new
+# %% ../../../nbs/reference/checks/08_which_layer.ipynb #625b8313
 def _check_one_budget(meet, preferred, budget, mistake_of_shift, mistake_of_cut):
     "Check `meet` where one common shift would leave the range from 0 to 1."
     sizes = dict(zip("abc", (torch.randperm(4)[:3] + 2).tolist()))

@@ -1,6 +1,6 @@
 # make demo      install, then prune, repair and report on the bundled model
 # make test      install with the development tools, then run every test and every notebook
-# make quick     what to run after each edit: no notebook, no browser, about a minute
+# make quick     what to run after each edit: no notebook, no browser, under a minute
 # make site      the documentation, to be read without a network: _docs/index.html
 # make lab       open the course in JupyterLab
 # make student   write the chapters without solutions into student/, with a wheel to install

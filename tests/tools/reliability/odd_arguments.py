@@ -175,11 +175,13 @@ LEFT_OUT = {  # name → why
     **dict.fromkeys(
         (
             "dense_model",
+            "examples_written",
             "measured",
             "pairs",
             "real_run",
             "real_settings",
             "run_real_study",
+            "run_real_writing",
             "study_windows",
             "text_pieces",
         ),
@@ -246,6 +248,15 @@ LEFT_OUT = {  # name → why
     **dict.fromkeys(
         ("text_windows", "window_losses"), "see evaluation/test_perplexity"
     ),
+    **dict.fromkeys(
+        ("require_same_run", "settings_of", "train_or_resume", "weights_hash"),
+        "see adaptation/test_resume and test_repair_safety",
+    ),
+    **dict.fromkeys(
+        ("require_choices", "require_turns"), "see data/test_load_data, test_choices"
+    ),
+    "calibration_of": "see cli/test_run_data",
+    "image_bytes": "see adaptation/test_repair_safety",
     **dict.fromkeys(("validate_training",), "see cli/test_options"),
     "OneLineParser": "a parser of argparse, see cli/test_parsing",
     "Interrupts": "takes no argument",

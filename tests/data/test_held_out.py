@@ -93,7 +93,10 @@ def test_data_with_a_training_split_only(train_only, capsys, more):
     train, seen = separate(args, load_training(args, None), test)
     assert seen == 0 and not keys_of(train) & keys_of(test)
     assert len(test) <= (5 if "--limit" in more else 99) and len(train) > 45
-    assert "held-out pictures" in capsys.readouterr().err
+    assert (
+        "are kept for the test; their pictures are not in the training"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "file", "saved"])

@@ -38,17 +38,16 @@ def weights_hash(
 _SAMPLED = 64
 
 
-def _example_bytes(example):
-    "The content of an example; two pictures of the same pixels are the same."
-    if not isinstance(example, Mapping):
-        return repr(example).encode()
-    pictures = ("image", "images")
-    parts = []
-    for name in sorted(example, key=str):
-        value = example[name]
-        parts.append(str(name).encode())
-        parts.append(image_bytes(value) if name in pictures else repr(value).encode())
-    return b" ".join(parts)
+def _content(value):
+    "What an example holds, as bytes; pictures and arrays of equal numbers are equal."
+    if isinstance(value, Mapping):
+        parts = [part for name in value for part in (name, value[name])]
+        return _content(parts)
+    if isinstance(value, list | tuple):
+        return b" ".join(_content(part) for part in value)
+    if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):
+        return image_bytes(value)
+    return repr(value).encode()
 
 
 def _data_hash(data):
@@ -60,7 +59,7 @@ def _data_hash(data):
         return examples_hash(data)
     found = hashlib.sha1()
     for i in range(0, len(data), max(1, len(data) // _SAMPLED)):
-        found.update(_example_bytes(data[i]))
+        found.update(_content(data[i]))
     return f"{len(data)} rows {found.hexdigest()[:12]}"
 
 

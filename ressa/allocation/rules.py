@@ -311,6 +311,15 @@ def _with_labels_of(batch, start, end):
     return batch | {"labels": labels}
 
 
+def _without_unread_pictures(batch, token):
+    "A batch without pictures if no token has a place for them: they are padding."
+    if "input_ids" in batch and (batch["input_ids"] == token).any():
+        return batch
+    return {
+        name: value for name, value in batch.items() if not name.startswith(OF_PICTURES)
+    }
+
+
 def _ways_to_cut(model, batch, spans):
     "The examples of each span as a batch: by picture tokens, and by the first axis."
     token = picture_token_of(model)
@@ -319,11 +328,8 @@ def _ways_to_cut(model, batch, spans):
         yield by_tokens
     n = number_of_examples(batch)
     by_axis = [take_examples(dict(batch), n, start, end) for start, end in spans]
-    for piece in by_axis if token is not None else []:
-        if "input_ids" in piece and (piece["input_ids"] == token).any():
-            continue
-        for name in [name for name in piece if name.startswith(OF_PICTURES)]:
-            del piece[name]  # without a place for them, its pictures are padding
+    if token is not None:
+        by_axis = [_without_unread_pictures(piece, token) for piece in by_axis]
     yield by_axis
 
 # %% ../../nbs/reference/rules.ipynb #7cece830

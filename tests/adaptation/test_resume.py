@@ -39,17 +39,21 @@ def losses_of(log):
     ]
 
 
-@pytest.mark.parametrize("kind", [list, "no answers"])
+KINDS_OF_EXAMPLES = {
+    "a list": list,
+    "without answers": lambda rows: rows.remove_columns("answer"),
+    "another name": lambda rows: rows.rename_columns({"image": "photo", "answer": "a"}),
+    "tuples": lambda rows: [(row["image"], row["prompt"]) for row in rows],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_EXAMPLES)
 def test_equal_examples_are_the_same_run_whatever_holds_them(case, kind, trainer_of):
     "A picture is named by its pixels, not by where its object lies in memory."
     args = trainer_of().args
 
     def name(first):
-        rows = case.train.select(range(first, first + 3))
-        if kind is list:
-            rows = list(rows)
-        else:
-            rows = rows.remove_columns("answer")
+        rows = KINDS_OF_EXAMPLES[kind](case.train.select(range(first, first + 3)))
         return settings_of(case.pruned, rows, None, None, args)["data"]
 
     assert name(0) == name(0)

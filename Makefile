@@ -34,6 +34,7 @@ export: $(VENV)/developing
 	$(BIN)/ruff format --quiet nbs
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python nbs/site/fold.py
 	$(BIN)/python nbs/site/readme.py
 
 $(VENV)/bin/python:

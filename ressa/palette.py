@@ -15,6 +15,7 @@ PALETTE = {  # concept → colour
     "hira": "#CC79A7",
     "blind": "#999999",
     "teacher": "#882255",
+    "teacher_at_answers": "#661100",
     "vision": "#009E73",
     "interface": "#B8A000",
     "language": "#AA4499",

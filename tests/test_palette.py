@@ -12,6 +12,10 @@ from ressa.palette import METHOD_MARKS, PALETTE, SIGNED
 
 TOGETHER = {
     "models": ["dense", "pruned", "plain_lora", "ressa", "labels", "hira", "blind"],
+    "repairs": [
+        *["dense", "pruned", "plain_lora", "ressa", "labels", "blind"],
+        *["teacher", "teacher_at_answers"],
+    ],
     "parts": ["vision", "interface", "language"],
     "mask": ["kept_weight", "pruned_weight"],
     "answers": ["dense", "pruned", "ressa", "teacher"],

@@ -34,6 +34,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 nb_execution_mode = "off"  # the notebooks' stored outputs, of which the tests make sure
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 nb_render_markdown_format = "gfm"  # tables in what a cell displays
 nb_ipywidgets_js = {"require.min.js": {}, "libembed-amd.js": {}, "widgets.js": {}}
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_block"]

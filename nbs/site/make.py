@@ -97,14 +97,14 @@ def bare(source):
     return re.sub(r"^#\|.*\n?", "", source, flags=re.M)
 
 
-def shown(cell):
-    "A code cell as MyST-NB wants it: alt text, hidden input, badges."
+def shown(cell, folds="hide-input"):
+    "A code cell as MyST-NB wants it: alt text, badges, and the input folded (`hide-input`) or left out (`remove-input`)."
     directives = cell.directives_
     outputs = [nbformat.from_dict(output) for output in cell.outputs]
     new = nbformat.v4.new_code_cell(bare(cell.source), outputs=outputs)
     new.metadata["tags"] = sorted(BADGES & directives.keys())
     if "hide_input" in directives or directives.get("echo:") == ["false"]:
-        new.metadata["tags"].append("remove-input")
+        new.metadata["tags"].append(folds)
     if words := re.search(r"^#\| fig-alt: (.+)", cell.source, re.M):
         new.metadata["mystnb"] = {"image": {"alt": words[1].strip()}}
     return new
@@ -161,7 +161,9 @@ def page(path, names, config):
             named = directives.get("export") or directives.get("exports")
             target = named[0] if named else module
         else:
-            cells.append(shown(cell))
+            # the front page is for reading; on all others a click opens the code
+            folds = "remove-input" if path.stem == "index" else "hide-input"
+            cells.append(shown(cell, folds))
     flush()
     for cell in cells:
         if cell.cell_type == "markdown":

@@ -7,8 +7,10 @@ __all__ = ['sparse_lora_linear']
 
 # %% ../../nbs/course/09_sparse_lora.ipynb #b3dc1c7b
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# %% ../../nbs/course/09_sparse_lora.ipynb #eaf9b7e0
+from torch.autograd.function import once_differentiable
 
 from ressa.adaptation.fast_mask import (
     fast_masked_weight,

@@ -73,6 +73,7 @@ class Bench:
     train: Dataset  # questions to train and calibrate on
     questions: list[dict]  # encoded batches of test questions
     captions: list[dict]  # encoded batches of test captions
+    chosen: np.ndarray  # (questions,) where these questions are in the test split
 
     def right(
         self,
@@ -96,15 +97,22 @@ def _encoded(data, processor, batch_size=500):
 def bench(
     questions: int | None = None,  # number of test questions; None: all 9,673
 ) -> Bench:
-    "The bench of easy-VQA; made once in a process for each number of questions."
+    """The bench of easy-VQA; made once in a process for each number of questions.
+
+    Fewer than all questions are spread evenly over the test split, whose questions
+    are ordered by picture. So they are about as many pictures as possible: the first
+    250 questions are about 27 pictures only, and an interval over questions would be
+    too narrow for them.
+    """
     _, processor = load_bundled("cpu")
     test = load_easy_vqa("test")
-    if questions:
-        test = test.select(range(questions))
+    wanted = len(test) if questions is None else questions
+    chosen = np.linspace(0, len(test), wanted, endpoint=False).astype(int)
     captions = load_easy_vqa("test", task="caption")
     return Bench(
         processor=processor,
         train=load_easy_vqa("train"),
-        questions=_encoded(test, processor),
+        questions=_encoded(test.select(chosen), processor),
         captions=_encoded(captions, processor),
+        chosen=chosen,
     )

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'PADDING', 'FRESH_PICTURES', 'FRESH_SEED', 'HELD_OUT_PICTURES', 'JUDGED', 'LABELS', 'ANSWERS', 'TEXT',
-           'EVERYWHERE', 'LOSSES', 'PAIRS', 'SEEDS', 'MORE_SEEDS', 'DECIDING', 'RATES', 'TRIED_RATES', 'RIVAL_RATES',
-           'HELD_OUT', 'SPARSITIES', 'PRUNERS', 'MEASURES', 'Encoded', 'stored_logits', 'encode_examples',
-           'fresh_pictures', 'pixel_hash', 'known_hashes', 'unlabelled_examples', 'training_pairs', 'pairs_and_fresh',
-           'labelled_pairs', 'judged_batches', 'judged', 'pruned_for', 'few_labels_run', 'Loss', 'setting_of',
-           'tuning_runs', 'few_pairs_runs', 'best_setting', 'planned_runs', 'Estimate', 'Runs']
+           'EVERYWHERE', 'LOSSES', 'PAIRS', 'SEEDS', 'MORE_SEEDS', 'DECIDING', 'RATES', 'TRIED_RATES',
+           'TRIED_WITH_OTHER_PAIRS', 'RIVAL_RATES', 'HELD_OUT', 'SPARSITIES', 'PRUNERS', 'MEASURES', 'Encoded',
+           'stored_logits', 'encode_examples', 'fresh_pictures', 'pixel_hash', 'known_hashes', 'unlabelled_examples',
+           'training_pairs', 'pairs_and_fresh', 'labelled_pairs', 'judged_batches', 'judged', 'pruned_for',
+           'few_labels_run', 'Loss', 'setting_of', 'tuning_runs', 'few_pairs_runs', 'best_setting', 'planned_runs',
+           'Estimate', 'Runs']
 
 # %% ../../nbs/studies/few_labels.ipynb #d8923962
 import functools
@@ -398,12 +399,17 @@ DECIDING = ("labels alone", "answers", "text")  # keys of `LOSSES`
 # The best learning rates of SparseLoRA on held-out questions. "answers" takes the rate
 # of "labels alone", and "all positions" the rate of "text".
 RATES = {"answer": 4e-3, "text": 8e-3, "all": 8e-3}
-TRIED_RATES = {  # adapter → learning rates tried with the teacher on the text
-    "sparselora": (4e-3, 8e-3, 1.6e-2),
-    "lora": (2e-3, 8e-3),
-    "hira": (3e-2,),
+TRIED_RATES = {  # (key of `LOSSES`, adapter) → learning rates tried with 256 pairs
+    ("labels alone", "sparselora"): (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    ("text", "sparselora"): (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    ("text", "lora"): (5e-4, 1e-3, 2e-3, 8e-3),
+    ("text", "hira"): (1e-2, 3e-2, 6e-2),
 }
-RIVAL_RATES = {"lora": 2e-3, "hira": 3e-2}  # the best of them
+TRIED_WITH_OTHER_PAIRS = {  # key of `LOSSES` → learning rates tried with 64 and 1,024
+    "labels alone": (1e-3, 2e-3, 4e-3, 8e-3),
+    "text": (4e-3, 8e-3),
+}
+RIVAL_RATES = {"lora": 2e-3, "hira": 3e-2}
 # the settings with which weights and rates are tried
 HELD_OUT: dict[str, Any] = dict(pairs=256, seed=100, held_out=True)
 
@@ -423,15 +429,23 @@ def setting_of(
 
 def tuning_runs() -> list[dict]:
     "Weights, positions and learning rates, tried on held-out questions."
-    runs = [setting_of(LABELS, rate, **HELD_OUT) for rate in TRIED_RATES["sparselora"]]
+    runs = []
     for weight in (0.1, 0.5, 0.9):
         for positions in ("text", "answer", "all"):
             runs.append(setting_of(Loss(positions, weight), 8e-3, **HELD_OUT))
-    for adapter, rates in TRIED_RATES.items():
+    for (name, adapter), rates in TRIED_RATES.items():
         for rate in rates:
-            setting = setting_of(TEXT, rate, adapter=adapter, **HELD_OUT)
+            setting = setting_of(LOSSES[name], rate, adapter=adapter, **HELD_OUT)
             if setting not in runs:
                 runs.append(setting)
+    for name, rates in TRIED_WITH_OTHER_PAIRS.items():
+        for pairs in PAIRS:
+            if pairs == HELD_OUT["pairs"]:
+                continue
+            for rate in rates:
+                runs.append(
+                    setting_of(LOSSES[name], rate, **(HELD_OUT | dict(pairs=pairs)))
+                )
     return runs
 
 

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 # 19 MB as 16-bit integers. The cache holds the few shapes that one study uses.
 @functools.lru_cache(maxsize=4)
 def _drawn_counts(seeds, questions, draws, seed):
-    "How often each bootstrap sample contains each question, and each seed."
+    "How often each bootstrap sample contains each question (or group), and each seed."
     generator = np.random.default_rng(seed)
     equal = np.full(questions, 1 / questions)
     question_counts = generator.multinomial(questions, equal, size=draws)
@@ -25,17 +25,35 @@ def _drawn_counts(seeds, questions, draws, seed):
     return question_counts.astype(np.uint16), seed_counts.astype(np.uint16)
 
 
+def _sums_of_groups(table, groups):
+    "The sums of each seed's values in each group (seeds, groups); the groups' sizes."
+    labels = np.asarray(groups)
+    if labels.shape != table.shape[1:]:
+        raise ValueError(
+            f"groups must have one label for each of the {table.shape[1]} questions, "
+            f"not shape {labels.shape}"
+        )
+    _, group_of = np.unique(labels, return_inverse=True)
+    sizes = np.bincount(group_of)
+    sums = [np.bincount(group_of, values, len(sizes)) for values in table]
+    return np.array(sums), sizes
+
+# %% ../../nbs/reference/intervals.ipynb #44299372
 def bootstrap_means(
     values: ArrayLike,  # (questions,) or (seeds, questions): what is averaged
     *,
+    groups: ArrayLike | None = None,  # (questions,) the same label: drawn together
     draws: int = 1000,  # number of bootstrap samples
     seed: int = 0,  # seed of the bootstrap itself
 ) -> np.ndarray:  # (draws,)
     """The mean of `values` in each bootstrap sample of its seeds and questions.
 
-    A sample draws whole seeds and whole questions, with replacement. Two arrays of
-    the same shape are drawn with the same samples, so their means are paired.
-    Raises `ValueError` if values are empty, not finite or have more than two axes.
+    A sample draws whole seeds and whole questions, with replacement. With `groups`,
+    for example the picture of each question, it draws whole groups in place of
+    questions (the cluster bootstrap, Davison & Hinkley 1997, section 3.8). Two arrays
+    of the same shape are drawn with the same samples, so their means are paired.
+    Raises `ValueError` if values are empty, not finite or have more than two axes, or
+    if groups has another length than there are questions.
     """
     table = np.atleast_2d(np.asarray(values, dtype=float))
     if table.size == 0:
@@ -47,8 +65,12 @@ def bootstrap_means(
     if draws < 1:
         raise ValueError(f"draws must be 1 or more, not {draws}")
     seeds, questions = table.shape
-    question_counts, seed_counts = _drawn_counts(seeds, questions, draws, seed)
-    mean_of_each_seed = (question_counts / questions) @ table.T  # (draws, seeds)
+    sums, sizes = table, np.ones(questions)  # of each group: here one question
+    if groups is not None:
+        sums, sizes = _sums_of_groups(table, groups)
+    group_counts, seed_counts = _drawn_counts(seeds, len(sizes), draws, seed)
+    drawn_questions = (group_counts @ sizes)[:, None]  # (draws, 1)
+    mean_of_each_seed = (group_counts @ sums.T) / drawn_questions  # (draws, seeds)
     return (mean_of_each_seed * (seed_counts / seeds)).sum(1)
 
 # %% ../../nbs/reference/intervals.ipynb #e172faa5
@@ -64,15 +86,18 @@ def _middle(samples, level):
 def interval(
     values: ArrayLike,  # (questions,) or (seeds, questions): what is averaged
     *,
+    groups: ArrayLike | None = None,  # as in `bootstrap_means`
     level: float = 0.95,  # the share of bootstrap means between the two ends
     draws: int = 1000,  # number of bootstrap samples
     seed: int = 0,  # seed of the bootstrap itself
 ) -> tuple[float, float]:  # the lower and the upper end
     """Bootstrap interval of the mean of `values` (Efron 1979).
 
-    Raises `ValueError` for values without a mean, or a level outside (0, 1).
+    Raises `ValueError` for values without a mean, for groups of another length, or
+    for a level outside (0, 1).
     """
-    return _middle(bootstrap_means(values, draws=draws, seed=seed), level)
+    means = bootstrap_means(values, groups=groups, draws=draws, seed=seed)
+    return _middle(means, level)
 
 # %% ../../nbs/reference/intervals.ipynb #f673df2e
 def wilson_of_share(
@@ -112,6 +137,7 @@ def paired_interval(
     first: ArrayLike,  # (questions,) or (seeds, questions): values of one model
     second: ArrayLike,  # of the other: the same shape, or one row for all seeds
     *,
+    groups: ArrayLike | None = None,  # as in `bootstrap_means`
     level: float = 0.95,  # the share of bootstrap means between the two ends
     draws: int = 1000,  # number of bootstrap samples
     seed: int = 0,  # seed of the bootstrap itself
@@ -130,7 +156,8 @@ def paired_interval(
             "first and second must hold the same questions and seeds, "
             f"not shapes {first.shape} and {second.shape}"
         )
-    return interval(first - second, level=level, draws=draws, seed=seed)
+    differences = first - second
+    return interval(differences, groups=groups, level=level, draws=draws, seed=seed)
 
 # %% ../../nbs/reference/intervals.ipynb #eb988e36
 def won_back(

@@ -57,8 +57,14 @@ def test_the_short_cuts_change_no_answer(bundled, data):
     right = quick.right(model)
     assert right.shape == (100,)
     assert (exact_match(model, quick.questions) == right).all()
-    generated = evaluate(model, data[1].select(range(60)), processor)
+    generated = evaluate(model, data[1].select(quick.chosen[:60]), processor)
     assert (generated.values == right[:60]).all()
     captions = sum(len(batch["labels"]) for batch in quick.captions)
     assert captions == len(data[2])
     assert len(quick.train) == len(data[0])
+
+
+def test_few_questions_are_about_many_pictures(data):
+    chosen = bench(100).chosen
+    assert len(set(chosen)) == 100
+    assert len(set(data[1].select(chosen)["image_id"])) == 100

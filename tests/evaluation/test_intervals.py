@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ressa.evaluation.intervals import (
+    _drawn_counts,
     bootstrap_means,
     interval,
     paired_interval,
@@ -158,3 +159,36 @@ def test_the_interval_of_what_was_won_back():
     assert won_back_interval(repaired, 0.5, dense) == pytest.approx(expected)
     with pytest.raises(ValueError, match="so little was lost"):
         won_back_interval(repaired, np.ones((3, 400)), dense)
+
+
+def test_whole_groups_are_drawn():
+    "The means are those of a plain loop that draws pictures and takes all their questions."
+    generator = np.random.default_rng(3)
+    groups = np.array(list("aabbbcdddd"))
+    values = generator.random((3, 10))
+    found = bootstrap_means(values, groups=groups, draws=50, seed=4)
+    counts, seed_counts = _drawn_counts(3, 4, 50, 4)
+    for mean, of_groups, of_seeds in zip(found, counts, seed_counts):
+        columns = np.concatenate(
+            [
+                np.flatnonzero(groups == "abcd"[g])
+                for g in np.repeat(range(4), of_groups)
+            ]
+        )
+        rows = np.repeat(np.arange(3), of_seeds)
+        assert mean == pytest.approx(values[rows][:, columns].mean())
+
+
+def test_groups_widen_the_interval_of_questions_that_go_together():
+    pictures = np.repeat(np.arange(50), 10)
+    together = (pictures % 5 > 0).astype(float)
+    alone = interval(together)
+    by_picture = interval(together, groups=pictures)
+    assert by_picture[0] < alone[0] < alone[1] < by_picture[1]
+    other = np.zeros(500)
+    assert paired_interval(together, other, groups=pictures) == by_picture
+
+
+def test_groups_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="one label for each of the 3 questions"):
+        bootstrap_means([1, 0, 1], groups=[1, 2])

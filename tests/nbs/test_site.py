@@ -49,7 +49,8 @@ LOOK = """async () => {
         drawn: all('.math mjx-container > svg').length,
         wrong: all('.math [data-mjx-error]').map(e => e.dataset.mjxError),
         unfolded: all('main details[open]:not(.source)').length,
-        solutions: all('main details:not(.source)').length,
+        solutions: all('main details:not(.source, .hide)').length,
+        folded: all('main details.hide').length,
         prose: (() => { const copy = document.querySelector('main')?.cloneNode(true); if (!copy) return '';
             copy.querySelectorAll('dt, pre, code, .highlight, .math, script, style, .output.text_plain').forEach(e => e.remove());
             return copy.textContent; })(),
@@ -297,6 +298,15 @@ def test_solutions_are_folded(pages):
         seen = pages[page_of(notebook)]
         assert seen["solutions"] == text.count("<details"), notebook.name
         assert not seen["unfolded"], notebook.name
+
+
+def test_code_that_only_draws_is_folded_not_lost(pages):
+    for notebook in NOTEBOOKS:
+        if notebook.stem == "index":
+            continue
+        cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+        folded = [c for c in cells if re.search(r"^#\| hide_input$", c.source, re.M)]
+        assert pages[page_of(notebook)]["folded"] == len(folded), notebook.name
 
 
 def test_widgets_show_their_state(pages):

@@ -106,19 +106,19 @@ def _by_decision(score, columns, decided, sparsity):
 
 
 def check_without_large_inputs(
-    wanda_without_large_inputs,  # your function of weight, norms, sparsity and share
+    wanda_without_large_inputs,  # your function of weight, input_norms, sparsity, share
 ) -> None:
     "Check the exercise *Wanda without the large inputs* on a random layer."
     sparsity = 0.5
     share = 0.25
     weight = torch.randn(6, 12)
-    norms = 1 + torch.rand(12)
+    input_norms = 1 + torch.rand(12)
     largest = torch.randperm(12)[:3]
-    norms[largest] *= 10
+    input_norms[largest] *= 10
     weight[:, largest] *= 0.6
     weight[0, largest[0]] = 3  # magnitude keeps at least one of them
     magnitude = weight.abs()
-    wanda = magnitude * norms
+    wanda = magnitude * input_norms
     by_magnitude = select(magnitude, sparsity)
     by_wanda = select(wanda, sparsity)
     decided = by_magnitude[:, largest]
@@ -127,7 +127,12 @@ def check_without_large_inputs(
     heaviest = weight.norm(dim=0).topk(3).indices
     expect(
         wanda_without_large_inputs,
-        {"weight": weight, "norms": norms, "sparsity": sparsity, "share": share},
+        {
+            "weight": weight,
+            "input_norms": input_norms,
+            "sparsity": sparsity,
+            "share": share,
+        },
         wanted=_by_decision(wanda, largest, decided, sparsity),
         mistakes={
             "the number of zeros in a row must stay ⌊sparsity · in⌋": (

@@ -423,7 +423,7 @@ class ModalityMap:
                 f"{part:>10}: {len(layers):3d} linear layers, {weights:>13,} weights"
             )
         reasons = Counter(self.left_dense.values())
-        dense = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        dense = ", ".join(f"{count} × {reason}" for reason, count in reasons.items())
         lines.append(f"left dense: {dense}")
         return "\n".join(lines)
 

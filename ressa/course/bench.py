@@ -102,11 +102,13 @@ def bench(
     Fewer than all questions are spread evenly over the test split, whose questions
     are ordered by picture. So they are about as many pictures as possible: the first
     250 questions are about 27 pictures only, and an interval over questions would be
-    too narrow for them.
+    too narrow for them. Raises `ValueError` if there are fewer questions.
     """
     _, processor = load_bundled("cpu")
     test = load_easy_vqa("test")
     wanted = len(test) if questions is None else questions
+    if not 0 < wanted <= len(test):
+        raise ValueError(f"questions must be 1 to {len(test)}, or None, not {wanted}")
     chosen = np.linspace(0, len(test), wanted, endpoint=False).astype(int)
     captions = load_easy_vqa("test", task="caption")
     return Bench(

@@ -68,3 +68,9 @@ def test_few_questions_are_about_many_pictures(data):
     chosen = bench(100).chosen
     assert len(set(chosen)) == 100
     assert len(set(data[1].select(chosen)["image_id"])) == 100
+
+
+@pytest.mark.parametrize("questions", [0, -1, 9674])
+def test_as_many_questions_as_there_are(questions):
+    with pytest.raises(ValueError, match="questions must be 1 to 9673"):
+        bench(questions)

@@ -176,7 +176,7 @@ def _strided(losses_of, ids, length, stride):
 def check_strided_losses(
     strided_losses,  # your function of losses_of, ids, length and stride
 ) -> None:
-    "Check the exercise *Windows without a beginning* on a text of random ids."
+    "Check the exercise *Overlapping windows* on a text of random ids."
     length = int(torch.randint(5, 8, ()))
     stride = int(torch.randint(2, length - 2, ()))
     full = length + stride * int(torch.randint(1, 3, ()))  # whole windows end here

@@ -133,50 +133,74 @@ def check_who_comes_first(
         mistakes=orders,
     )
 
+# %% ../../../nbs/reference/checks/07_vision_or_language.ipynb #c4d10e17
+def _falling_curve(rng):
+    "Random accuracies at three sparsities, falling."
+    accuracies = sorted(rng.uniform(0.2, 1, 3).round(3).tolist(), reverse=True)
+    return dict(zip([0.4, 0.6, 0.8], accuracies))
+
+
+def _pairs_with(share, sizes):
+    "All pairs from 40 to 80 % with which this share of the weights goes."
+    must_go = share * sum(sizes.values())
+    pairs = []
+    for percent in range(40, 81):
+        vision = percent / 100
+        language = (must_go - vision * sizes["vision"]) / sizes["language"]
+        if 0.4 <= language <= 0.8:
+            pairs.append((vision, language))
+    return pairs
+
+
+def _best_pair(pairs, combine, curves):
+    "The pair for which `combine` of both predicted accuracies is highest."
+
+    def predicted(pair):
+        return combine(
+            [np.interp(s, list(c), list(c.values())) for s, c in zip(pair, curves)]
+        )
+
+    return max(pairs, key=predicted)
+
 # %% ../../../nbs/reference/checks/07_vision_or_language.ipynb #12568d28
 def check_best_pair(
-    best_pair,  # your function of two dictionaries and a list of pairs
+    best_pair,  # your function of two dictionaries, the sizes and a share
 ) -> None:
-    "Check exercise 3 on two made-up curves and five pairs between their points."
+    "Check exercise 3 on two made-up curves and parts of different sizes."
     rng = np.random.default_rng()
-
-    def falling_curve():
-        sparsities = [0.4, 0.6, 0.8]
-        accuracies = sorted(rng.uniform(0.2, 1, 3).round(3).tolist(), reverse=True)
-        return dict(zip(sparsities, accuracies))
-
-    pairs = [(0.4, 0.8), (0.45, 0.75), (0.55, 0.65), (0.7, 0.5), (0.8, 0.4)]
     while True:
-        vision_alone, language_alone = falling_curve(), falling_curve()
-
-        def best(combine, *curves):
-            def predicted(pair):
-                return combine(
-                    [
-                        np.interp(s, list(c), list(c.values()))
-                        for s, c in zip(pair, curves)
-                    ]
-                )
-
-            return max(pairs, key=predicted)
-
-        both = (vision_alone, language_alone)
-        wanted = best(min, *both)
+        curves = (_falling_curve(rng), _falling_curve(rng))
+        # prime numbers, so that no pair lies exactly on the end of the range
+        vision_size, language_size = rng.choice([131, 193, 257, 311], 2, replace=False)
+        sizes = {"vision": int(vision_size), "language": int(language_size)}
+        same_size = dict.fromkeys(sizes, 1)
+        share = round(rng.uniform(0.57, 0.63), 3)
+        pairs = _pairs_with(share, sizes)
+        wanted = _best_pair(pairs, min, curves)
         mistakes = {
-            "the weaker part decides, not the sum of both": best(sum, *both),
-            "the weaker part decides, not the stronger part": best(max, *both),
-            "the first number of a pair is the sparsity of vision": best(
-                min, *both[::-1]
+            "the weaker part decides, not the sum of both": _best_pair(
+                pairs, sum, curves
+            ),
+            "the weaker part decides, not the stronger part": _best_pair(
+                pairs, max, curves
+            ),
+            "the first number of a pair is the sparsity of vision": _best_pair(
+                pairs, min, curves[::-1]
+            ),
+            "the parts are not equally large: count their weights": _best_pair(
+                _pairs_with(share, same_size), min, curves
             ),
         }
         if len({wanted, *mistakes.values()}) == 1 + len(mistakes):
             break
+    vision_alone, language_alone = curves
     expect(
         best_pair,
         {
             "vision_alone": vision_alone,
             "language_alone": language_alone,
-            "pairs": pairs,
+            "sizes": sizes,
+            "share": share,
         },
         wanted=wanted,
         mistakes=mistakes,

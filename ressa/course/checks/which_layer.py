@@ -83,30 +83,34 @@ def check_meet(
 
 # %% ../../../nbs/reference/checks/08_which_layer.ipynb #f577ce17
 def check_best_split(
-    best_split,  # your function of costs and total
+    best_split,  # your function of costs, sizes and total
 ) -> None:
-    "Check the exercise *The best split* on three random costs."
+    "Check the exercise *The best split* on three random costs and sizes of steps."
     costs = dict(zip("abc", (0.5 + 4 * torch.rand(3)).tolist()))
-    total = 10
+    sizes = dict(zip("abc", (torch.randperm(4)[:3] + 1).tolist()))
+    total = 100
 
-    def in_proportion(values):
-        whole = sum(values.values())
-        return {group: total * value / whole for group, value in values.items()}
+    def in_proportion(steps):
+        removed = sum(sizes[group] * value for group, value in steps.items())
+        return {group: total * value / removed for group, value in steps.items()}
 
-    cheapest = min(costs, key=lambda group: costs[group])
+    cheapest = min(costs, key=lambda group: costs[group] / sizes[group])
     expect(
         best_split,
-        {"costs": costs, "total": total},
-        wanted=in_proportion({g: 1 / cost for g, cost in costs.items()}),
+        {"costs": costs, "sizes": sizes, "total": total},
+        wanted=in_proportion({g: sizes[g] / costs[g] for g in costs}),
         mistakes={
             "expensive groups should get fewer steps": in_proportion(costs),
-            "the price of one more step is 2·c·k: make it equal": in_proportion(
-                {g: cost**-0.5 for g, cost in costs.items()}
+            "a step that removes more weights is worth more": in_proportion(
+                {g: 1 / costs[g] for g in costs}
+            ),
+            "the price of one more weight is 2·c·k/n: make it equal": in_proportion(
+                {g: (sizes[g] / costs[g]) ** 0.5 for g in costs}
             ),
             "the cheapest group becomes more expensive with each step": {
-                group: float(total) if group == cheapest else 0.0 for group in costs
+                g: total / sizes[g] if g == cheapest else 0.0 for g in costs
             },
-            "the steps are divided evenly": {group: total / 3 for group in costs},
+            "the steps are divided evenly": in_proportion(dict.fromkeys(costs, 1)),
         },
     )
 

@@ -82,7 +82,7 @@ def reconstruction_error(
     x: torch.Tensor,  # (…, in) inputs of the layer
     weight: torch.Tensor,  # (out, in) dense
     pruned: torch.Tensor,  # (out, in)
-) -> float:  # 0 = the same output, 1 = as if the layer put out zeros
+) -> float:  # 0 = the same output, 1 = as if the layer returned zeros
     "The relative error ‖XWᵀ − XŴᵀ‖ / ‖XWᵀ‖ of a layer's output (Frobenius norms)."
     change = x @ (weight - pruned).T
     output = x @ weight.T

@@ -171,7 +171,7 @@ _IMPOSSIBLE = "ValueError"  # stands for the error in the message of a failed ch
 def check_language_for(
     language_for,  # your function of a `PruneReport`, vision and total
 ) -> None:
-    "Check *How sparse does language have to be?* in its three cases."
+    "Check *How sparse must the language part be?* in its three cases."
     report = _random_report()
     parts = report.parts()
     n_vision = parts["vision"]["weights"]

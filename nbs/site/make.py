@@ -82,14 +82,14 @@ def folded(source, heading, is_open):
     )
 
 
-def exported(source, entries):
+def exported(source, entries, is_open):
     "How exported code is shown: first its entries, then the code; imports are folded."
     tree = ast.parse(source).body
     if all(isinstance(node, ast.Import | ast.ImportFrom | ast.If) for node in tree):
         return [folded(source, "Imports of the library", False)]
-    if not entries:
+    if not entries and is_open:
         return [nbformat.v4.new_code_cell(source)]
-    return [*entries, folded(source, "Source", True)]
+    return [*entries, folded(source, "Source", is_open)]
 
 
 def bare(source):
@@ -135,11 +135,11 @@ def page(path, names, config):
     ]
     module = module_of(nbformat.read(path, 4))
     processed = NBProcessor(path, processors, process=True).nb
-    cells, source, entries, target = [], None, [], module
+    cells, source, is_open, entries, target = [], None, True, [], module
 
     def flush():
         if source is not None:
-            cells.extend(exported(source, entries))
+            cells.extend(exported(source, entries, is_open))
 
     for cell in processed.cells:
         directives = getattr(cell, "directives_", {})
@@ -157,7 +157,7 @@ def page(path, names, config):
         elif HIDDEN & directives.keys():
             continue
         elif {"export", "exports"} & directives.keys():
-            source = bare(cell.source)
+            source, is_open = bare(cell.source), "hide_input" not in directives
             named = directives.get("export") or directives.get("exports")
             target = named[0] if named else module
         else:

@@ -18,32 +18,38 @@ def check_sign_test(
 ) -> None:
     "Check the exercise *Luck or difference?* on models that differ on few questions."
     generator = np.random.default_rng()
-    won = int(generator.integers(5, 9))
-    lost = int(generator.integers(1, 4))
-    pairs = [(0, 1)] * won + [(1, 0)] * lost + [(1, 1)] * 6 + [(0, 0)] * 2
-    first, second = generator.permutation(pairs).T
-    differ = won + lost
 
     def at_most(count, n):
         "The probability that a coin falls heads at most `count` times in `n`."
         return sum(math.comb(n, k) for k in range(count + 1)) / 2**n
 
-    expect(
-        sign_test,
-        {"first": first, "second": second},
-        wanted=min(1.0, 2 * at_most(lost, differ)),
-        mistakes={
-            "count splits in either direction: that is twice one side": at_most(
-                lost, differ
-            ),
+    more, fewer = int(generator.integers(5, 9)), int(generator.integers(1, 4))
+    for won, lost in ((more, fewer), (fewer, more), (more, more)):
+        pairs = [(0, 1)] * won + [(1, 0)] * lost + [(1, 1)] * 6 + [(0, 0)] * 2
+        first, second = generator.permutation(pairs).T
+        differ = won + lost
+        one_side = at_most(min(won, lost), differ)
+        mistakes = {
+            "count splits in either direction: that is twice one side": one_side,
             "leave out the questions on which both agree": min(
-                1.0, 2 * at_most(lost, len(pairs))
+                1.0, 2 * at_most(min(won, lost), len(pairs))
             ),
             "add up all splits at least as uneven, not this one alone": (
                 2 * math.comb(differ, lost) / 2**differ
             ),
-        },
-    )
+        }
+        if won == lost:
+            mistakes["a probability is at most 1"] = 2 * one_side
+        if won < lost:
+            mistakes["count the smaller side, whichever model it is"] = min(
+                1.0, 2 * at_most(lost, differ)
+            )
+        expect(
+            sign_test,
+            {"first": first, "second": second},
+            wanted=min(1.0, 2 * one_side),
+            mistakes=mistakes,
+        )
 
 # %% ../../../nbs/reference/checks/02_evaluation.ipynb #370bf0bf
 def check_flip_range(
@@ -51,32 +57,36 @@ def check_flip_range(
 ) -> None:
     "Check the exercise *The same accuracy, other answers* on high and low accuracies."
     generator = np.random.default_rng()
-    for lowest in (0.6, 0.05):
-        before = round(lowest + float(generator.uniform(0, 0.15)), 3)
-        after = round(lowest + float(generator.uniform(0.2, 0.3)), 3)
-        least = after - before
+    for lowest, falls in ((0.6, True), (0.05, False)):
+        low = round(lowest + float(generator.uniform(0, 0.15)), 3)
+        high = round(lowest + float(generator.uniform(0.2, 0.3)), 3)
+        before, after = (high, low) if falls else (low, high)
+        least = high - low
         most = min(before + after, 2 - before - after)
         by_chance = before * (1 - after) + after * (1 - before)
+        mistakes = {
+            "if the accuracies differ, there is at least one flip": (0.0, most),
+            "the answers of the two models need not be independent": (least, by_chance),
+            "there cannot be more right answers than questions": (
+                least,
+                before + after,
+            ),
+            "there cannot be more wrong answers than questions": (
+                least,
+                2 - before - after,
+            ),
+            "the smallest share comes first": (most, least),
+        }
+        if falls:
+            mistakes["a share is never negative: the accuracy may also fall"] = (
+                after - before,
+                most,
+            )
         expect(
             flip_range,
             {"before": before, "after": after},
             wanted=(least, most),
-            mistakes={
-                "if the accuracies differ, there is at least one flip": (0.0, most),
-                "the answers of the two models need not be independent": (
-                    least,
-                    by_chance,
-                ),
-                "there cannot be more right answers than questions": (
-                    least,
-                    before + after,
-                ),
-                "there cannot be more wrong answers than questions": (
-                    least,
-                    2 - before - after,
-                ),
-                "the smallest share comes first": (most, least),
-            },
+            mistakes=mistakes,
         )
 
 # %% ../../../nbs/reference/checks/02_evaluation.ipynb #1efe0547

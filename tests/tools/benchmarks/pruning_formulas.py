@@ -8,6 +8,7 @@ pruning adds.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import platform
@@ -64,6 +65,8 @@ def measure(way, **shape):
     return_large_blocks()  # as the command does for a large model on a CPU
     model, batch = make(**shape)
     gc.collect()
+    # memory that was freed before would be used again without being seen
+    ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     prune(model, batch, "wanda", sparsity=0.5, progress=False, **WAYS[way])

@@ -28,7 +28,6 @@ PALETTE = {  # concept → colour
     "dsnot": "#9700FB",  # alone, it corrects the mask of Wanda
     "wanda+dsnot": "#9700FB",
     "exact": "#222255",
-    "best": "#DDCC77",
 }
 METHOD_MARKS = {  # pruning method → its mark in a plot
     "magnitude": "o",

@@ -19,7 +19,7 @@ TOGETHER = {
     "parts": ["vision", "interface", "language"],
     "mask": ["kept_weight", "pruned_weight"],
     "answers": ["dense", "pruned", "ressa", "teacher"],
-    "one row": ["wanda", "sparsegpt", "exact", "best"],
+    "one layer": ["wanda", "sparsegpt", "exact"],
 }
 METHODS = ["magnitude", "wanda", "ria", "sparsegpt", "dsnot"]
 # What a reader with one kind of colour blindness sees of linear red, green and blue
